@@ -1,0 +1,79 @@
+"""Stage 1: the Rephrasing Adapter learns to condition the video model, on single frames (method of arXiv 2511.04317, Fig. 2b).
+
+    python main.py --config=configs/stage1.py            # preset tiny: rendered scenes, embedded LLM, 2 CPU cores
+    python main.py --config=configs/stage1.py:small      # one GPU
+
+From-scratch presets train the DiT along with the adapter (`model.trainable`): an adapter on a random frozen DiT learns nothing.
+Cost and expected loss of `tiny`: docs/tiny.md.
+"""
+from ml_collections import ConfigDict
+
+from configs.presets import preset as preset_row
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    row = preset_row(preset or "tiny")
+    stage = row["stage1"]
+    config = ConfigDict()
+    config.run = dict(
+        stage="stage1",
+        preset=preset or "tiny",
+        steps=stage["steps"],
+        batch_size=stage["batch_size"],  # global: over all devices and processes
+        save_every=500,  # steps
+        keep=2,  # checkpoints
+        log_every=10,  # steps
+        seed=0,
+        init_from="",  # a workdir to start from (its EMA), or a stage name: that stage's default workdir, when it is there
+    )
+    config.data = dict(
+        source="scenes",  # scenes | folder | tfds:NAME
+        path="",  # folder: the directory of clips and metadata; tfds: its data_dir
+        split="train",
+        frames=1,  # 4n+1
+        height=row["height"],
+        width=row["width"],
+        fps=8.0,
+        texts=row["texts"],  # scenes: unique (prompt, rephrased) pairs
+        states=row["states"],  # cached: LLM states once per unique text; in_step: teacher forcing in every step
+        workers=0,  # loader processes; 0 = threads
+        max_bad=0.01,  # fraction of unreadable clips that stops the run
+    )
+    config.model = dict(
+        llm=row["llm"],
+        adapter=row["adapter"],
+        dit=row["dit"],
+        vae="pixels",
+        dtype=row["dtype"],  # of matrix products; parameters, norms and softmax stay float32
+        trainable=(".",),  # path patterns (re.search); the rest is frozen
+        prediction="data",  # what the DiT predicts: data | velocity
+        shift=1.0,  # of the time axis, in training and sampling
+    )
+    config.optim = dict(
+        learning_rate=stage["learning_rate"],
+        warmup=100,  # steps
+        decay_from=0,  # linear decay to zero between these two steps; 0, 0 = constant
+        decay_until=0,
+        weight_decay=0.01,
+        clip=1.0,  # global gradient norm
+        b2=0.99,
+        ema=0.999,
+        drop=0.1,  # of conditions, replaced by the learned null
+        time_mean=0.0,  # t = sigmoid(time_mean + time_std * normal), then shifted
+        time_std=1.0,
+    )
+    config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1 = fill from the devices
+    config.sample = dict(
+        prompts="",  # a text, several joined by ||, or a file with one a line
+        seed=0,
+        steps=24,
+        guidance=2.0,
+        stepper="euler",  # euler | heun
+        frames=1,
+        height=row["height"],
+        width=row["width"],
+        batch_size=32,  # videos at a time
+        count=96,  # held-out prompts of --mode=evaluate
+        temperature=0.0,  # of the rephrasing; 0 = greedy
+    )
+    return config

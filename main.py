@@ -1,0 +1,46 @@
+"""The command line, and nothing else: flags -> config -> one function of rise_jax per --mode."""
+import logging
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+MODES = ("train", "generate", "evaluate")
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/stage1.py[:PRESET] or configs/stage2.py[:PRESET]", lock_config=True)
+MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
+WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default: runs/STAGE-PRESET")
+flags.mark_flag_as_required("config")
+
+
+def main(_) -> int:
+    level = logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    config = CONFIG.value
+    workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
+    try:
+        return _mode(MODE.value)(config, workdir)
+    except jax.errors.JaxRuntimeError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        # Faults of input, disk or data carry their whole story; a stack trace would bury it (--verbosity=1 shows it).
+        logging.getLogger().debug("", exc_info=error)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _mode(name: str):
+    if name == "train":
+        from rise_jax.train import train as function
+    elif name == "generate":
+        from rise_jax.generate import generate as function
+    else:
+        from rise_jax.evaluate import evaluate as function
+    return function
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,142 @@
+"""Batches from a source through grain: infinite, at any step at once, the same whatever the process or worker count.
+
+Batch i is a function of (seed, i): epoch e is permutation e of the items, and batches run across the edges of epochs.
+Row r of batch i is sample i * batch_size + r of the run; that number seeds what varies within the sample.
+"""
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+from absl import flags
+
+from rise_jax.data.sources import BadClipError, Source
+
+
+def make_loader(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    quarantine_file: str | os.PathLike,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    max_bad: float = 0.01,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches start_step, start_step + 1, ... without end.
+
+    batch_size: rows over all processes; this process gets b = batch_size / process_count of them, consecutive ones.
+    workers: processes that load ahead; 0 loads ahead in threads of this one.
+    max_bad: share of the source's clips that may be unreadable, in [0, 1].
+    Each batch: video uint8 [b, T, H, W, 3], text int32 [b] (index into source.texts), index int64 [b] (number of the
+    sample in the run), weight float32 [b]. A clip that cannot be read has weight 0, text 0 and a video of zeros, and is
+    named with its reason in `quarantine_file` (one JSON line per clip); next() raises RuntimeError when there are more
+    of them than max_bad allows. Raises ValueError for values out of range.
+    """
+    _validate(len(source), batch_size, seed, start_step, process_index, process_count, workers, max_bad)
+    rows = batch_size // process_count
+    load = _LoadRows(source, seed, batch_size, slice(process_index * rows, (process_index + 1) * rows))
+    items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
+    batches = items.map_with_index(load)[start_step:]
+    threads = min(16, os.cpu_count() or 1)
+    ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads a flag when it starts a process
+            flags.FLAGS.mark_as_parsed()
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return _set_bad_aside(ahead, Quarantine(quarantine_file, clips=len(source), max_bad=max_bad))
+
+
+class Quarantine:
+    """The clips that could not be read: one line each in a file, and a limit on how many there may be.
+
+    The file outlives the run; only clips found bad since this object was made count towards the limit, so that clips
+    which were repaired do not. Processes that share the file count each other's.
+    """
+
+    def __init__(self, file: str | os.PathLike, *, clips: int, max_bad: float):
+        self.file, self.clips, self.max_bad = Path(file), clips, max_bad
+        self.earlier = self._listed().keys()
+        self.bad: dict[str, str] = {}
+
+    def add(self, path: str, reason: str, index: int) -> None:
+        """Notes one bad clip met at sample `index`. RuntimeError above the limit; OSError if the file is unwritable."""
+        if path in self.bad:
+            return
+        listed = self._listed()
+        if path not in listed:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"path": path, "reason": reason, "index": index}, ensure_ascii=False) + "\n")
+        self.bad |= {path: why for path, why in listed.items() if path not in self.earlier}
+        self.bad[path] = reason
+        if len(self.bad) > self.max_bad * self.clips:
+            raise RuntimeError(self._message())
+
+    def _listed(self) -> dict[str, str]:
+        if not self.file.exists():
+            return {}
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+
+    def _message(self) -> str:
+        needed = math.ceil(1e4 * len(self.bad) / self.clips) / 1e4
+        listing = "\n".join(f"  {path}: {reason}" for path, reason in self.bad.items())
+        return (
+            f"{len(self.bad)} of {self.clips} clips cannot be read, more than data.max_bad={self.max_bad:g} allows:\n"
+            f"{listing}\nRepair or remove them (they are listed in {self.file}), or go on without them with "
+            f"data.max_bad={needed:g}."
+        )
+
+
+class _LoadRows:
+    """(number of a batch, its items [B]) -> this process's rows, loaded; what could not be read is under 'bad'."""
+
+    def __init__(self, source: Source, seed: int, batch_size: int, rows: slice):
+        self.source, self.seed, self.batch_size, self.rows = source, seed, batch_size, rows
+
+    def __call__(self, number: int, items: np.ndarray) -> dict:
+        index = number * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[self.rows]
+        items = items[self.rows]
+        video = np.zeros((len(items), *self.source.shape), np.uint8)
+        text, weight, bad = np.zeros(len(items), np.int32), np.ones(len(items), np.float32), []
+        for row, item in enumerate(items):
+            try:
+                sample = self.source.load(int(item), np.random.default_rng((self.seed, index[row])))
+            except BadClipError as error:  # sent on as data: the consumer may be another process
+                weight[row] = 0
+                bad.append((error.path, error.reason, int(index[row])))
+                continue
+            assert sample.video.shape == self.source.shape, f"{sample.video.shape} is not {self.source.shape}"
+            video[row], text[row] = sample
+        return {"video": video, "text": text, "index": index, "weight": weight, "bad": bad}
+
+
+def _set_bad_aside(batches: grain.IterDataset, quarantine: Quarantine) -> Iterator[dict[str, np.ndarray]]:
+    for batch in batches:
+        for path, reason, index in batch.pop("bad"):
+            quarantine.add(path, reason, index)
+        yield batch
+
+
+def _validate(clips, batch_size, seed, start_step, process_index, process_count, workers, max_bad):
+    if clips < 1:
+        raise ValueError("the source is empty: it needs at least 1 clip")
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        valid = max(1, round(batch_size / max(1, process_count))) * max(1, process_count)
+        raise ValueError(
+            f"batch_size={batch_size} does not divide over {process_count} processes; nearest valid batch_size: {valid}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} is outside [0, {process_count})")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is outside [0, 2**32); nearest valid value: {min(max(seed, 0), 2**32 - 1)}")
+    if start_step < 0 or workers < 0:
+        raise ValueError(f"start_step={start_step} and workers={workers} must not be negative; nearest valid value: 0")
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad={max_bad} is outside [0, 1]; nearest valid value: {min(max(max_bad, 0), 1)}")

@@ -1,0 +1,28 @@
+"""`data.source` and its settings -> a source."""
+import difflib
+
+from rise_jax.data.folder import FolderSource
+from rise_jax.data.scenes import ScenesSource
+from rise_jax.data.sources import Source
+from rise_jax.data.tfds_source import TfdsSource
+
+SOURCES = ("scenes", "folder", "tfds:NAME")
+
+
+def open_source(
+    source: str, *, path: str, split: str, frames: int, height: int, width: int, fps: float, texts: int, seed: int
+) -> Source:
+    """The source called `source`; `texts` and `seed` are for scenes alone, `path` and `fps` for real media.
+
+    Raises ValueError for an unknown name, with the nearest one, and whatever the source itself finds wrong.
+    """
+    size = dict(split=split, frames=frames, height=height, width=width)
+    kind, _, name = source.partition(":")
+    if source == "scenes":
+        return ScenesSource(num_texts=texts, seed=seed, **size)
+    if source == "folder":
+        return FolderSource(path, fps=fps, **size)
+    if kind == "tfds" and name:
+        return TfdsSource(name, path=path or None, fps=fps, **size)
+    near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.0)[0]
+    raise ValueError(f"data.source={source!r} is unknown (nearest: {near}); valid: {', '.join(SOURCES)}")

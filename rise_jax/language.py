@@ -1,0 +1,150 @@
+"""The frozen LLM at the host's side: texts in, states out, in fixed-size batches of few shapes.
+
+`teach` gives training its states (teacher-forced on given rephrasings), `rephrase` gives use its own (decoded). Both keep the
+instruction's keys and values, computed once.
+"""
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rise_jax import rephrase
+from rise_jax.data.sources import Text
+from rise_jax.models.llm import make_llm
+from rise_jax.text import Instruction, Prompter, left_pad, right_pad
+from rise_jax.weights import load_llm
+
+INSTRUCTIONS = Path(__file__).parent / "instructions"
+BATCH = 32  # texts per call
+WIDTHS = 16  # padded lengths are multiples of this: few shapes to compile, little padding to compute
+
+
+class Rephrasings(NamedTuple):
+    """Host arrays of n prompts: states float32 [n, R, d_llm], mask bool [n, R], and the texts they spell."""
+
+    states: np.ndarray
+    mask: np.ndarray
+    texts: list[str]
+
+
+class Language:
+    """A frozen LLM with its instruction. `max_prompt` and `max_new` are the token budgets of a prompt and of its rephrasing."""
+
+    def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int):
+        """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own."""
+        loaded = load_llm(path, jnp.dtype(dtype))
+        rules = INSTRUCTIONS / f"{instruction}.txt"
+        rules = rules if rules.is_file() else Path(instruction)
+        self.prompter = Prompter(loaded.tokenizer, Instruction.read(rules), max_prompt)
+        self.max_new, self.width = max_new, loaded.config.width
+        self.llm, _ = make_llm(loaded.config, jnp.dtype(dtype))
+        self.params = jax.device_put(loaded.params)
+        #: What the states depend on, for fingerprints and checkpoints. Paths may differ between machines, so they are left out.
+        self.identity = {
+            "sha256": loaded.identity["sha256"],
+            "dtype": dtype,
+            "instruction": hashlib.sha256(rules.read_bytes()).hexdigest(),
+            "align": "predictor",
+        }
+        self._teach = jax.jit(partial(rephrase.teacher_forced, self.llm))
+        self._decode = jax.jit(
+            partial(rephrase.rephrase, self.llm), static_argnames=("max_new", "eos", "pad", "temperature")
+        )
+
+    @cached_property
+    def prefix(self) -> rephrase.Past:
+        """Keys and values of the instruction, batch 1."""
+        ids = jnp.asarray(self.prompter.prefix_ids, jnp.int32)
+        return jax.jit(partial(rephrase.encode_prefix, self.llm))(self.params, ids)
+
+    def tokens(self, texts: Sequence[Text]) -> dict[str, np.ndarray]:
+        """Padded ids and masks of complete texts: what the step needs to compute states itself.
+
+        Raises ValueError for a prompt or a rephrasing over its budget.
+        """
+        prompts = [self.prompter.prompt_ids(text.prompt) for text in texts]
+        answers = [self._answer(text) for text in texts]
+        prompt_ids, prompt_mask = left_pad(prompts, self.prompter.width, self._pad)
+        rephrased_ids, rephrased_mask = right_pad(answers, self.max_new, self._pad)
+        return dict(
+            prompt_ids=prompt_ids, prompt_mask=prompt_mask, rephrased_ids=rephrased_ids, states_mask=rephrased_mask
+        )
+
+    def teach(self, texts: Sequence[Text], *, progress=iter) -> tuple[np.ndarray, np.ndarray]:
+        """Teacher-forced states float32 [n, max_new, d_llm] and mask bool [n, max_new] of complete texts."""
+        table = self.tokens(texts)
+        prompt_lengths, lengths = table["prompt_mask"].sum(1), table["states_mask"].sum(1)
+        order = np.lexsort((lengths, _rounded(prompt_lengths)))
+        states = np.zeros((len(texts), self.max_new, self.width), np.float32)
+        for start in progress(range(0, len(texts), BATCH)):
+            rows = order[start : start + BATCH]
+            padded = np.resize(rows, BATCH)
+            p = min(_rounded(prompt_lengths[rows].max()), self.prompter.width)
+            r = min(_rounded(lengths[rows].max()), self.max_new)
+            batch = (
+                table["prompt_ids"][padded, -p:],
+                table["prompt_mask"][padded, -p:],
+                table["rephrased_ids"][padded, :r],
+                table["states_mask"][padded, :r],
+            )
+            states[rows, :r] = np.asarray(self._teach(self.params, self.prefix, *batch), np.float32)[: len(rows)]
+        return states, table["states_mask"]
+
+    def rephrase(
+        self, prompts: Sequence[str], *, temperature: float = 0.0, seeds: Sequence[int] | None = None, progress=iter
+    ) -> Rephrasings:
+        """Decodes a rephrasing of every prompt; greedy at temperature 0, else drawn with one seed per prompt.
+
+        Raises ValueError for an empty prompt or one over its budget.
+        """
+        ids = [self.prompter.prompt_ids(prompt) for prompt in prompts]
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds if seeds is not None else np.zeros(len(ids)), jnp.uint32))
+        p = min(_rounded(max(map(len, ids))), self.prompter.width)
+        parts = []
+        for start in progress(range(0, len(ids), BATCH)):
+            rows = np.arange(start, min(start + BATCH, len(ids)))
+            size = BATCH if len(ids) > BATCH else len(ids)
+            padded = np.resize(rows, size)
+            batch = left_pad([ids[i] for i in padded], p, self._pad)
+            out = self._decode(
+                self.params, self.prefix, *batch, max_new=self.max_new, eos=tuple(self.prompter.stop), pad=self._pad,
+                temperature=temperature, keys=keys[padded] if temperature > 0 else None,
+            )
+            parts.append([np.asarray(array)[: len(rows)] for array in (out.states.astype(jnp.float32), out.mask, out.tokens)])
+        states, mask, tokens = (np.concatenate(arrays) for arrays in zip(*parts))
+        return Rephrasings(states, mask, [self.prompter.text(row[keep]) for row, keep in zip(tokens, mask)])
+
+    def states_in_step(self, frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        """For the step: (states, mask) from `tokens` rows in the batch and {"llm": params, "prefix": ...} in `frozen`."""
+        states = rephrase.teacher_forced(
+            self.llm, frozen["llm"], frozen["prefix"],
+            batch["prompt_ids"], batch["prompt_mask"], batch["rephrased_ids"], batch["states_mask"],
+        )
+        return jax.lax.stop_gradient(states).astype(jnp.float32), batch["states_mask"]
+
+    @property
+    def _pad(self) -> int:
+        return self.prompter.tokenizer.pad
+
+    def _answer(self, text: Text) -> list[int]:
+        ids = self.prompter.rephrased_ids(text.rephrased)
+        if len(ids) > self.max_new:
+            raise ValueError(
+                f"a rephrased caption has {len(ids)} tokens, model.llm.max_new={self.max_new} is the limit; "
+                f"raise it to {len(ids)} or shorten the caption: {text.rephrased[:80]!r} ..."
+            )
+        return ids
+
+
+def states_in_batch(frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """For the step: (states, mask) that were computed before and came with the batch."""
+    return batch["states"], batch["states_mask"]
+
+
+def _rounded(length):
+    return -(-length // WIDTHS) * WIDTHS

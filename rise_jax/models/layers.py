@@ -1,0 +1,58 @@
+"""What every model shares: stacked blocks run in one scan, and the one attention function."""
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rise_jax.axes import Array, Bool, Float, typed
+
+
+def stack(make: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`make(rngs=...)` vmapped over `depth` keys: one module whose Params carry a leading layer axis."""
+    keys = jax.random.split(rngs.params(), depth)
+    return jax.vmap(lambda key: make(rngs=nnx.Rngs(params=key)))(keys)
+
+
+def scan_blocks(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, remat: bool = False):
+    """Runs stacked `blocks` in order: `call(block, carry, slice_of_per_layer) -> (carry, output)`.
+
+    Returns (carry, outputs stacked over layers). `remat` recomputes each block in the backward pass.
+    """
+    graph, params = nnx.split(blocks)
+
+    def body(carry, layer):
+        block_params, extra = layer
+        return call(nnx.merge(graph, block_params), carry, extra)
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    return jax.lax.scan(body, carry, (params, per_layer))
+
+
+@typed
+def attention(
+    query: Float[Array, "B S N d"],
+    key: Float[Array, "B L K d"],
+    value: Float[Array, "B L K d"],
+    mask: Bool[Array, "#B #N #S L"] | None = None,
+) -> Float[Array, "B S N d"]:
+    """Scaled dot-product attention, softmax in fp32; N must be a multiple of K (grouped queries). True in `mask` attends."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """[..., L, N*d] -> [..., L, N, d]"""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def merge_heads(x: Array) -> Array:
+    """[..., L, N, d] -> [..., L, N*d]"""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def sinusoid(t: Array, width: int, max_period: float = 1e4) -> Array:
+    """[B] -> [B, width] fp32: cosines, then sines, of geometrically spaced frequencies (DDPM, Wan's order)."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -1,0 +1,121 @@
+"""Prompt -> video in Python: what --mode=generate and --mode=evaluate call.
+
+    pipe = Pipeline.from_run("runs/stage2-tiny")
+    out = pipe(["a cat running"], seed=0)        # out.videos uint8 [B, T, H, W, 3], out.rephrased list of texts
+"""
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from rise_jax import flow, runs, sampler
+from rise_jax.build import Model, build_model
+from rise_jax.language import Language, Rephrasings, states_in_batch
+from rise_jax.optim import make_optimizer
+from rise_jax.validate import check_clip
+from rise_jax.video import to_uint8
+
+
+class Output(NamedTuple):
+    """videos uint8 [B, T, H, W, 3]; the rephrasing that conditioned each; the seed that makes each again, alone or in any batch."""
+
+    videos: np.ndarray
+    rephrased: list[str]
+    seeds: list[int]
+
+
+class Pipeline:
+    """A trained run, ready to make videos. `sample` holds the defaults of steps, guidance, stepper and size."""
+
+    def __init__(self, model: Model, params: dict, language: Language, config: ConfigDict):
+        self.model, self.params, self.language, self.config = model, jax.device_put(params), language, config
+        self._sample = jax.jit(partial(_sample, model), static_argnames=("shape", "stepper"))
+
+    @classmethod
+    def from_run(cls, workdir: str | Path) -> "Pipeline":
+        """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none."""
+        config = ConfigDict(runs.read_config(Path(workdir)))
+        language = Language(**config.model.llm)
+        model = build_model(
+            d_llm=language.width, states=states_in_batch, prediction=config.model.prediction, shift=config.model.shift,
+            adapter=config.model.adapter.to_dict(), dit=config.model.dit.to_dict(), vae=config.model.vae, dtype=config.model.dtype,
+        )
+        run = runs.read_run(Path(workdir), model, make_optimizer(config.optim.learning_rate))
+        if run.meta["llm"] != language.identity:
+            raise ValueError(f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now")
+        return cls(model, run.params, language, config)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        stepper: str | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        temperature: float | None = None,
+    ) -> Output:
+        """One video per prompt; video i takes seed + i. What is None takes the run's own `sample` value.
+
+        Raises ValueError for an empty prompt, one over the token budget, or a size that does not fit the model.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("no prompt given: write at least one")
+        defaults = self.config.sample
+        temperature = defaults.temperature if temperature is None else temperature
+        seeds = [seed + i for i in range(len(prompts))]
+        rephrasings = self.language.rephrase(prompts, temperature=temperature, seeds=seeds)
+        videos = self.render(
+            rephrasings, seeds, steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width
+        )
+        return Output(videos, rephrasings.texts, seeds)
+
+    def render(
+        self, rephrasings: Rephrasings, seeds: Sequence[int], *, steps=None, guidance=None, stepper=None, frames=None, height=None, width=None
+    ) -> np.ndarray:
+        """Videos uint8 [B, T, H, W, 3] of states that are there already; settings as in `__call__`."""
+        given = dict(steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width)
+        chosen = {name: self.config.sample[name] if value is None else value for name, value in given.items()}
+        size = (chosen["frames"], chosen["height"], chosen["width"])
+        faults = check_clip(*size, self.config.model.dit.patch, self.config.model.vae, "sample")
+        if faults:
+            raise ValueError("; ".join(faults))
+        times = sampler.time_table(chosen["steps"], self.model.shift)
+        limit = min(self.config.sample.batch_size, len(seeds))
+        videos = []
+        for start in range(0, len(seeds), limit):
+            rows = np.arange(start, min(start + limit, len(seeds)))
+            padded = np.resize(rows, limit)
+            video = self._sample(
+                self.params, rephrasings.states[padded], rephrasings.mask[padded], jnp.asarray(seeds, jnp.uint32)[padded], times,
+                chosen["guidance"], shape=self.model.latent_shape(size), stepper=chosen["stepper"],
+            )
+            videos.append(np.asarray(video)[: len(rows)])
+        return np.concatenate(videos)
+
+
+def _sample(model: Model, params, states, mask, seeds, times, guidance, *, shape, stepper):
+    """Noise from the seeds alone, one scan over `times`, decoded to uint8."""
+    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+    null = model.null(params)
+
+    def keys_and_values(t):
+        context = model.context(params, states, mask, t)
+        return model.kv(params, jnp.concatenate([context, jnp.broadcast_to(null, context.shape)]))
+
+    kv = None if model.time_cond else keys_and_values(None)
+
+    def velocity(x, t):
+        now = keys_and_values(t[: len(states)]) if model.time_cond else kv
+        return flow.to_velocity(model.dit(params, x, t, now), x, t, model.prediction)
+
+    return to_uint8(model.decode(sampler.sample(sampler.guide(velocity, guidance), noise, times, stepper)))

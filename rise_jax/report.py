@@ -1,0 +1,138 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard scalars, a progress bar; and summary.json at the end."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from rise_jax.workdir import write_json
+
+# Without a terminal: one line every so many seconds instead of a bar.
+LINE_SECONDS = 10.0
+# Share of the newest step in the shown step time.
+SMOOTHING = 0.1
+
+
+class Report:
+    """Reports a run into `workdir`; only process 0 writes.
+
+    `start_step`: updates made already. On resume, lines of later steps (made after the restored checkpoint) are dropped, so
+    metrics.jsonl has each step once. A step's number is the count of updates made with it: the first is 1.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, total_steps: int, start_step: int = 0):
+        self._active = jax.process_index() == 0
+        self._total = total_steps
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._last_time = self._last_line = time.perf_counter()
+        self._step_seconds, self._steps_seen = math.nan, 0
+        if not self._active:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        _drop_after(path, start_step)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+
+    def log(self, step: int, metrics: dict[str, Any]) -> dict[str, float] | None:
+        """Takes the metrics (scalars, on device or host) of `step`; returns those of the step logged before, as floats.
+
+        Device values are fetched one step late, when the next step is already dispatched, so the device never idles.
+        """
+        finished = self.flush()
+        self._pending = (step, metrics)
+        return finished
+
+    def flush(self) -> dict[str, float] | None:
+        """Writes the step still held back and returns its metrics; call it before a checkpoint. Waits for the device."""
+        if self._pending is None:
+            return None
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        self._step_seconds = self._smooth(seconds)
+        if self._active:
+            self._write(step, {**values, "step_seconds": seconds})
+        return values
+
+    def pause(self) -> None:
+        """Leaves out of the step times what the caller did since the last step (a save, an evaluation)."""
+        self._last_time = time.perf_counter()
+
+    def close(self) -> None:
+        """Flushes and closes all files."""
+        self.flush()
+        if self._active:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _smooth(self, seconds: float) -> float:
+        """The first step compiles, so the average starts again at the second."""
+        self._steps_seen += 1
+        return seconds if self._steps_seen <= 2 else (1 - SMOOTHING) * self._step_seconds + SMOOTHING * seconds
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **{k: finite_or_none(v) for k, v in values.items()}}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        left = tqdm.format_interval(max(self._total - step, 0) * self._step_seconds)
+        text = f"loss {values.get('loss', math.nan):.4f}, {self._step_seconds:.3g} s/step, {left} left"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(step - self._bar.n)
+        due = time.perf_counter() - self._last_line >= LINE_SECONDS or step == self._total
+        if self._bar.disable and due:
+            self._last_line = time.perf_counter()
+            print(f"step {step}/{self._total}: {text}", flush=True)
+
+
+def write_summary(workdir: str | os.PathLike, summary: dict[str, Any]) -> None:
+    """Writes summary.json into `workdir`, atomically."""
+    write_json(Path(workdir) / "summary.json", summary)
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def peak_memory_gib() -> float:
+    """Largest resident set of this process so far, in GiB (host memory only)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 30 if sys.platform == "darwin" else 1 << 20)
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN or infinity."""
+    return value if np.isfinite(value) else None
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps the complete lines up to `step`; a line cut by a crash goes too."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(kept))
+    scratch.replace(path)

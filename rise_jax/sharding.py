@@ -1,0 +1,121 @@
+"""Meshes, and one table of path rules that says how each leaf lies on one.
+
+Rules match the end of a path, so Adam's moments and the EMA lie as their parameters do.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rise_jax.trees import path_name
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# (pattern, mesh axes of the trailing array axes); the first match wins, leading axes (stacked layers) stay whole.
+RULES = (
+    (r"(^|/)(query|key|value|up|gate)/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)(query|key|value|up|gate)/bias$", ("tensor",)),
+    (r"(^|/)(out|down)/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)embedding$", ("tensor", "fsdp")),
+    (r"(^|/)kernel$", ("fsdp", None)),
+)
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Mesh with axes data, fsdp, context, tensor over all devices (or `devices`); one size may be -1: what is left.
+
+    Raises ValueError with both numbers, and the nearest choice that fits, when the sizes do not fill the devices exactly.
+    """
+    devices = list(devices or jax.devices())
+    sizes = dict(zip(AXES, (data, fsdp, context, tensor)))
+    wrong = {name: size for name, size in sizes.items() if size < 1 and size != -1}
+    if wrong:
+        raise ValueError(f"mesh sizes must be >= 1, or -1 to fill from the devices; got {_describe(wrong)}")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"only one mesh axis may be -1; got {_describe({name: -1 for name in free})}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise ValueError(_misfit(sizes, fixed, len(devices)))
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    # Auto, said explicitly: make_mesh defaults to Explicit axes, under which plain matmuls of sharded weights raise
+    # ShardingTypeError; with Auto the compiler places what the rules leave open.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The tree's leaves (arrays or ShapeDtypeStructs) as NamedShardings by RULES; leaves without a rule are replicated.
+
+    An array axis that the mesh axis does not divide stays whole.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First axis split over data and fsdp, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises ValueError, naming the nearest sizes that fit, when the batch does not divide over data x fsdp."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % ways:
+        below = batch_size // ways * ways
+        nearest = f"{below} or {below + ways}" if below > 0 else f"{ways}"
+        raise ValueError(
+            f"run.batch_size={batch_size} does not divide over mesh.data={mesh.shape['data']} x "
+            f"mesh.fsdp={mesh.shape['fsdp']} = {ways} devices; nearest: {nearest}"
+        )
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays -> global arrays on the mesh, split by `batch_sharding`; each process passes its own rows."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    for pattern, axes in RULES:
+        if re.search(pattern, name) and len(shape) >= len(axes):
+            trailing = shape[len(shape) - len(axes) :]
+            fitted = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, trailing)]
+            return PartitionSpec(*[None] * (len(shape) - len(axes)), *fitted)
+    return PartitionSpec()
+
+
+def _misfit(sizes: dict[str, int], fixed: int, devices: int) -> str:
+    given = {name: size for name, size in sizes.items() if size != -1}
+
+    def distance(choice: tuple[int, ...]) -> float:
+        return sum(abs(math.log(choice[AXES.index(name)] / size)) for name, size in given.items())
+
+    nearest = dict(zip(AXES, min(_factorings(devices, len(AXES)), key=distance)))
+    verb = "does not divide" if -1 in sizes.values() else "is not"
+    nearest = _describe({name: nearest[name] for name in given})
+    return f"{_describe(given)}: the product {fixed} {verb} the number of devices, {devices}; nearest: {nearest}"
+
+
+def _factorings(total: int, count: int) -> Iterator[tuple[int, ...]]:
+    if count == 1:
+        yield (total,)
+        return
+    for first in (size for size in range(1, total + 1) if total % size == 0):
+        yield from ((first, *rest) for rest in _factorings(total // first, count - 1))
+
+
+def _describe(sizes: dict[str, int]) -> str:
+    return ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())

@@ -1,0 +1,240 @@
+"""Text <-> token ids: tokenizer, chat template, and the instruction with its examples. No torch, no device arrays.
+
+The model reads chat(instruction, prompt). Its first part is the same for every prompt (`Prompter.prefix_ids`), so its keys and
+values are computed once; the rest (`Prompter.prompt_ids`) ends where the answer begins.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type (GGUF specification, "Tokenizer")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A byte-level or SentencePiece tokenizer with its control tokens and chat template (None for a base model).
+
+    `leading` are ids that open every text of a model without a template (its BOS, where it wants one). `eos` may hold several ids.
+    """
+
+    backend: tokenizers.Tokenizer
+    eos: tuple[int, ...]
+    pad: int
+    bos: int | None = None
+    leading: tuple[int, ...] = ()
+    template: str | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; control tokens written in it become one id each, none is added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, control tokens left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def control(self) -> dict[int, str]:
+        """Control tokens by id."""
+        return {id: token.content for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """Chat text of `messages` (role, content) by the model's own template, ending where the assistant's answer begins."""
+        # strftime_now stays undefined: templates then use their fixed date, and the same prompt gives the same tokens every day.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise
+        bos, eos = (self.backend.id_to_token(id) if id is not None else "" for id in (self.bos, self.eos[0]))
+        template = environment.from_string(self.template)
+        return template.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+
+    @classmethod
+    def from_gguf(cls, fields: dict) -> "Tokenizer":
+        """From the metadata of a GGUF file (plain Python values by key); ValueError for a tokenizer kind that is not known here."""
+        kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
+        if kind != ("gpt2", "smollm"):
+            raise ValueError(
+                f"the GGUF file has tokenizer.ggml.model={kind[0]!r}, pre={kind[1]!r}; only 'gpt2' with 'smollm' is known for GGUF: "
+                "use the model's Hugging Face folder (config.json, *.safetensors, tokenizer) instead"
+            )
+        words = fields["tokenizer.ggml.tokens"]
+        merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE({word: id for id, word in enumerate(words)}, merges))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        types = fields["tokenizer.ggml.token_type"]
+        special = [tokenizers.AddedToken(word, special=True, normalized=False) for word, t in zip(words, types) if t == CONTROL]
+        own = [tokenizers.AddedToken(word, special=False, normalized=False) for word, t in zip(words, types) if t == USER_DEFINED]
+        backend.add_special_tokens(special)
+        backend.add_tokens(own)
+        bos, eos = fields.get("tokenizer.ggml.bos_token_id"), fields["tokenizer.ggml.eos_token_id"]
+        leading = (bos,) if fields.get("tokenizer.ggml.add_bos_token") else ()
+        pad = fields.get("tokenizer.ggml.padding_token_id", eos)
+        return cls(backend, (eos,), pad, bos, leading, fields.get("tokenizer.chat_template"))
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, eos: Sequence[int] = ()) -> "Tokenizer":
+        """From the tokenizer files of a Hugging Face folder; `eos` adds end tokens that only its configs name."""
+        from transformers import AutoTokenizer  # seconds to import, and the embedded model does without
+
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        ends = tuple(dict.fromkeys(id for id in (loaded.eos_token_id, *eos) if id is not None))
+        if not ends:
+            raise ValueError(f"{folder}: the tokenizer names no end token (eos_token)")
+        pad = ends[0] if loaded.pad_token_id is None else loaded.pad_token_id
+        backend = loaded.backend_tokenizer
+        bare = backend.encode("a", add_special_tokens=False).ids
+        dressed = backend.encode("a", add_special_tokens=True).ids
+        return cls(backend, ends, pad, loaded.bos_token_id, tuple(dressed[: dressed.index(bare[0])]), loaded.chat_template)
+
+
+def _raise(message: str):
+    raise jinja2.TemplateError(message)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the model is told: a rule, and examples as (prompt, caption)."""
+
+    rule: str
+    examples: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Instruction":
+        """Reads a text file: the rule first, then examples as lines `prompt: ...` each followed by `caption: ...`.
+
+        Blank lines are free. ValueError names the file and the line of a mistake.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no instruction file at {path}")
+        rule, marked = [], []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            mark, _, text = (part.strip() for part in line.partition(":"))
+            if mark in ("prompt", "caption"):
+                marked.append(_marked(path, number, mark, text, marked))
+            elif line.strip() and marked:
+                raise ValueError(f"{path}, line {number}: after the first example only 'prompt:' and 'caption:' lines may follow")
+            elif line.strip():
+                rule.append(line.strip())
+        if not rule:
+            raise ValueError(f"{path}, line 1: the file must open with the rule that the model is to follow")
+        if marked and marked[-1][0] == "prompt":
+            raise ValueError(f"{path}, last line: the last 'prompt:' has no 'caption:'")
+        texts = [text for _, text in marked]
+        return cls("\n".join(rule), tuple(zip(texts[::2], texts[1::2])))
+
+
+def _marked(path: Path, number: int, mark: str, text: str, before: list) -> tuple[str, str]:
+    if not text:
+        raise ValueError(f"{path}, line {number}: '{mark}:' is empty")
+    expected = "caption" if before and before[-1][0] == "prompt" else "prompt"
+    if mark != expected:
+        raise ValueError(f"{path}, line {number}: '{mark}:' stands where a '{expected}:' line is due")
+    return mark, text
+
+
+class Prompter:
+    """Prompts and captions -> ids, under one instruction. `prefix_ids + prompt_ids(text)` are the ids of the whole chat text.
+
+    Models without a chat template get the plain few-shot layout, whose answers end at a line break.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, instruction: Instruction, max_prompt: int):
+        """`max_prompt` is the most tokens a user's prompt itself may have."""
+        self.tokenizer, self.instruction, self.max_prompt = tokenizer, instruction, max_prompt
+        self.chat = tokenizer.template is not None
+        head, self._tail = self._whole(_MARK).split(_MARK)
+        encoding = tokenizer.backend.encode(head, add_special_tokens=False)
+        # The cut stands behind a control token, which no merge crosses (without a template: behind the last example).
+        cut = head.rindex("\nprompt:") if not self.chat else max(
+            (end for id, (_, end) in zip(encoding.ids, encoding.offsets) if id in tokenizer.control), default=0
+        )
+        self._head = head[cut:]
+        self.prefix_ids: list[int] = [*([] if self.chat else tokenizer.leading), *tokenizer.encode(head[:cut])]
+        #: Tokens of layout around the user's own in `prompt_ids`.
+        self.overhead = len(tokenizer.encode(self._head)) + len(tokenizer.encode(self._tail))
+
+    @property
+    def width(self) -> int:
+        """The most tokens `prompt_ids` can return: what a static prompt length must hold."""
+        return self.max_prompt + self.overhead
+
+    @cached_property
+    def stop(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        if self.chat:
+            return self.tokenizer.eos
+        breaks = [self.tokenizer.encode(text) for text in ("\n", "\n\n")]
+        return (*self.tokenizer.eos, *(ids[0] for ids in breaks if len(ids) == 1))
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of the rest of the chat behind `prefix_ids`, up to where the answer begins.
+
+        ValueError for an empty prompt, one of more than `max_prompt` tokens, or one that holds a control token.
+        """
+        text = self._checked(text, "prompt")
+        length = len(self.tokenizer.encode(text))
+        if length > self.max_prompt:
+            raise ValueError(f"the prompt has {length} tokens, at most {self.max_prompt} are allowed; it is never cut: {text[:80]!r} ...")
+        ids = self.tokenizer.encode(self._head + text + self._tail)
+        if self.chat:
+            assert [*self.prefix_ids, *ids] == self.tokenizer.encode(self._whole(text)), f"the chat text of {text!r} cannot be cut"
+        return ids
+
+    def rephrased_ids(self, text: str) -> list[int]:
+        """Ids of a given answer, encoded apart from the chat, without the end token. ValueError as for `prompt_ids`, length aside."""
+        text = self._checked(text, "caption")
+        return self.tokenizer.encode(text if self.chat else f" {text}")
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The answer that `ids` spell."""
+        return self.tokenizer.decode(ids).strip()
+
+    def _checked(self, text: str, what: str) -> str:
+        text = text.strip()
+        if not text:
+            raise ValueError(f"the {what} is empty: write at least one word")
+        found = [token for token in self.tokenizer.control.values() if token in text]
+        if found:
+            raise ValueError(f"the {what} holds the language model's control token {found[0]!r}: {text[:80]!r}")
+        return text
+
+    def _whole(self, prompt: str) -> str:
+        if not self.chat:
+            shots = [f"\nprompt: {short}\ncaption: {long}\n" for short, long in self.instruction.examples]
+            return f"{self.instruction.rule}\n{''.join(shots)}\nprompt: {prompt}\ncaption:"
+        messages = [{"role": "system", "content": self.instruction.rule}]
+        for short, long in self.instruction.examples:
+            messages += [{"role": "user", "content": f"Prompt: {short}"}, {"role": "assistant", "content": long}]
+        return self.tokenizer.render([*messages, {"role": "user", "content": f"Prompt: {prompt}"}])
+
+
+_MARK = "@@the prompt@@"
+
+
+def left_pad(rows: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32 [B, width], mask bool [B, width]) with each row's ids at its right end; ValueError for a row longer than `width`."""
+    ids, mask = right_pad([row[::-1] for row in rows], width, pad)
+    return ids[:, ::-1].copy(), mask[:, ::-1].copy()
+
+
+def right_pad(rows: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32 [B, width], mask bool [B, width]) with each row's ids at its left end; ValueError for a row longer than `width`."""
+    ids, mask = np.full((len(rows), width), pad, np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        if len(row) > width:
+            raise ValueError(f"text {i} has {len(row)} tokens, at most {width} fit")
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+    return ids, mask

@@ -1,0 +1,228 @@
+"""--mode=train: from a config to a trained run. One loop for every stage; it stops, resumes and ends here."""
+import logging
+import math
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rise_jax import runs
+from rise_jax.build import build_model
+from rise_jax.checkpoint import Checkpoints
+from rise_jax.conditions import cached_states, complete
+from rise_jax.data.loader import make_loader
+from rise_jax.data.open import open_source
+from rise_jax.language import Language, states_in_batch
+from rise_jax.optim import make_optimizer
+from rise_jax.report import Report, peak_memory_gib, read_metrics, write_summary
+from rise_jax.sharding import check_batch, make_mesh, put_batch, shardings
+from rise_jax.step import make_train_step, new_state
+from rise_jax.trees import partition, tree_sha256
+from rise_jax.validate import validate
+from rise_jax.workdir import check_workdir, lock_workdir, write_json
+
+LOG = logging.getLogger(__name__)
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
+TAIL = 50  # steps in the final loss of the summary
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient was not a finite number; the parameters are those before that step."""
+
+
+def train(config: ConfigDict, workdir: Path) -> int:
+    """Trains until `run.steps` and returns the exit code. A workdir with a checkpoint is continued, a finished one left alone."""
+    validate(config)
+    with lock_workdir(workdir):
+        check_workdir(workdir, config.to_dict())
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep)
+        try:
+            if max(checkpoints.steps(), default=-1) >= config.run.steps and (workdir / "summary.json").exists():
+                print(f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir.")
+                return 0
+            return _run(config, workdir, checkpoints)
+        finally:
+            checkpoints.close()
+
+
+def find_start(init_from: str, preset: str) -> Path | None:
+    """The workdir that `run.init_from` means: a folder, or a stage's default one, which may be missing (None, with a warning)."""
+    if not init_from:
+        return None
+    if Path(init_from).is_dir():
+        return Path(init_from)
+    default = Path("runs") / f"{init_from}-{preset}"
+    if (default / "checkpoints").is_dir():
+        return default
+    if "/" in init_from or not init_from.startswith("stage"):
+        raise FileNotFoundError(f"run.init_from={init_from!r} is no folder with a run")
+    LOG.warning("no %s run at %s: starting from random parameters; train it first for better results", init_from, default)
+    return None
+
+
+def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
+    mesh = make_mesh(**config.mesh)
+    check_batch(config.run.batch_size, mesh)
+    source = open_source(**_source_settings(config))
+    language = Language(**config.model.llm)
+    with jax.set_mesh(mesh):
+        table, frozen = _conditions(config, workdir, source, language, mesh)
+        states = states_in_batch if config.data.states == "cached" else language.states_in_step
+        model = build_model(
+            d_llm=language.width, states=states, prediction=config.model.prediction, shift=config.model.shift,
+            adapter=config.model.adapter.to_dict(), dit=config.model.dit.to_dict(), vae=config.model.vae, dtype=config.model.dtype,
+        )
+        optimizer = make_optimizer(
+            config.optim.learning_rate, config.optim.warmup, config.optim.weight_decay, config.optim.clip,
+            b2=config.optim.b2, decay_from=config.optim.decay_from, decay_until=config.optim.decay_until,
+        )
+        start, state, frozen["params"], meta = _state(config, workdir, checkpoints, model, optimizer, language.identity, mesh)
+        step_fn = make_train_step(
+            model, optimizer, drop=config.optim.drop, ema=config.optim.ema,
+            time_mean=config.optim.time_mean, time_std=config.optim.time_std,
+        )
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
+        batches = make_loader(
+            source, batch_size=config.run.batch_size, seed=config.run.seed, start_step=start,
+            process_index=jax.process_index(), process_count=jax.process_count(), workers=config.data.workers,
+            max_bad=config.data.max_bad, quarantine_file=workdir / "quarantine.jsonl",
+        )
+        _announce(config, source, start, state, frozen)
+        return _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta)
+
+
+def _source_settings(config: ConfigDict) -> dict:
+    names = ("source", "path", "split", "frames", "height", "width", "fps", "texts")
+    return {name: config.data[name] for name in names} | {"seed": config.run.seed}
+
+
+def _conditions(config, workdir, source, language, mesh) -> tuple[dict, dict]:
+    """(per-text rows that go with a batch, frozen inputs of the step)."""
+    texts = complete(source.texts, language, workdir / "captions.jsonl")
+    if config.data.states == "cached":
+        states, mask = cached_states(texts, language, workdir / "states.npz")
+        return dict(states=states, states_mask=mask), {}
+    llm = jax.device_put(language.params, shardings(language.params, mesh))
+    return language.tokens(texts), {"llm": llm, "prefix": language.prefix}
+
+
+def _state(config, workdir, checkpoints, model, optimizer, llm, mesh):
+    """(step, state, frozen parameters, meta) of a new run, or of the newest checkpoint."""
+    trainable, rest = partition(model.abstract, list(config.model.trainable))
+    place = lambda tree: shardings(tree, mesh)
+    found = checkpoints.restore(runs.abstract_state(trainable, optimizer, place))
+    if found:
+        step, state, meta = found
+        LOG.info("continuing %s at step %d", workdir, step)
+        rest = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), rest, place(rest))
+        if meta["llm"] != llm:
+            raise ValueError(f"{workdir} was trained on another LLM or instruction: {meta['llm']} then, {llm} now")
+        return step, state, runs.read_frozen(workdir, rest), meta
+    origin = find_start(config.run.init_from, config.run.preset)
+    source = runs.read_run(origin, model, optimizer) if origin else None
+    if source:
+        LOG.info("starting from the EMA of %s, step %d", origin, source.step)
+    params, provenance = runs.initial_parameters(model, config.run.seed, source, llm, place(model.abstract))
+    trained, frozen = partition(params, list(config.model.trainable))
+    runs.refuse_random(frozen, provenance)
+    runs.write_frozen(workdir, frozen, provenance)
+    state = jax.jit(lambda leaves: new_state(leaves, optimizer), donate_argnums=0)(trained)
+    state = jax.device_put(state, place(state))
+    return 0, state, frozen, {"config": config.to_dict(), "llm": llm, "provenance": provenance, "versions": _versions()}
+
+
+def _announce(config, source, start, state, frozen) -> None:
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    print(
+        f"{config.run.stage}, preset {config.run.preset}: {count(state.params):,} trainable and {count(frozen['params']):,} frozen "
+        f"parameters (the LLM is frozen too), {len(source):,} clips of {'x'.join(map(str, source.shape[:3]))}, "
+        f"{len(source.texts):,} texts, batch {config.run.batch_size}, steps {start} to {config.run.steps}, {jax.device_count()} device(s)",
+        flush=True,
+    )
+
+
+def _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta) -> int:
+    key = jax.random.key(config.run.seed)
+    stop = _Signals()
+    numbers = None  # of the samples whose metrics are still on the device
+    with Report(workdir, config.run.steps, start) as report, stop:
+        for step in range(start, config.run.steps):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            state, metrics = step_fn(state, frozen, _on_mesh(batch, table, step, mesh), key)
+            _check_finite(report.log(step + 1, metrics | {"data_seconds": waited}), step, numbers, workdir)
+            numbers = batch["index"]
+            last = stop.seen or step + 1 == config.run.steps
+            if last or (step + 1) % config.run.save_every == 0:
+                _check_finite(report.flush(), step + 1, numbers, workdir)
+                checkpoints.save(step + 1, state, meta)
+                report.pause()
+            if stop.seen:
+                checkpoints.wait()
+                print(f"stopped by {stop.seen} after step {step + 1}, saved; the same command continues", flush=True)
+                return EXIT_STOPPED
+    checkpoints.wait()
+    _finish(config, workdir, state)
+    return 0
+
+
+def _on_mesh(batch: dict, table: dict, step: int, mesh) -> dict:
+    rows = {name: array[batch["text"]] for name, array in table.items()}
+    kept = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.uint32)}
+    return put_batch(kept | rows, mesh) | {"step": np.int32(step)}
+
+
+def _check_finite(metrics: dict | None, step: int, numbers, workdir: Path) -> None:
+    if metrics is None or metrics["finite"]:
+        return
+    record = {"step": step, "samples": numbers.tolist(), "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"])}
+    write_json(workdir / "nonfinite.json", record)
+    raise NonFiniteError(
+        f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}: stopped before the update. "
+        f"The batch's samples are in {workdir / 'nonfinite.json'}; the last checkpoint is good."
+    )
+
+
+def _finish(config, workdir: Path, state) -> None:
+    lines = read_metrics(workdir)
+    losses = [line["loss"] for line in lines[-TAIL:]]
+    summary = {
+        "steps": config.run.steps,
+        "final_loss": math.fsum(losses) / len(losses),
+        "seconds": math.fsum(line["step_seconds"] for line in lines),
+        "params_sha256": tree_sha256(state.params),
+        "ema_sha256": tree_sha256(state.ema),
+        "peak_memory_gib": peak_memory_gib(),
+    }
+    write_summary(workdir, summary)
+    print(f"{workdir}: {config.run.steps} steps done, loss {summary['final_loss']:.4f} over the last {len(losses)}", flush=True)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
+
+
+class _Signals:
+    """While active, SIGTERM and SIGINT only set `seen`; a second one acts as usual."""
+
+    def __init__(self):
+        self.seen = ""
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.seen = signal.Signals(number).name
+        signal.signal(number, self._before[number])

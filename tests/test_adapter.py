@@ -1,0 +1,333 @@
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from flax import nnx
+
+from rise_jax.models.adapter import ELLA, KINDS, make_adapter
+
+D_LLM, D_CTX, WIDTH = 12, 6, 8
+SIZES = dict(refiner=dict(depth=2, heads=2), resampler=dict(depth=2, heads=2, latents=5), mlp={})
+EVERY = [(kind, time_cond) for kind in KINDS for time_cond in ("off", "adaln")]
+
+
+class Built(NamedTuple):
+    """An adapter as the program holds it: a graph and a nested dict of arrays."""
+
+    graph: nnx.GraphDef
+    params: dict
+
+    def __call__(self, *args):
+        return jax.jit(lambda params, *args: nnx.merge(self.graph, params)(*args))(self.params, *args)
+
+
+def build(kind, **options):
+    options = dict(d_llm=D_LLM, d_ctx=D_CTX, width=WIDTH) | SIZES[kind] | options
+
+    def init():
+        return make_adapter(kind, rngs=nnx.Rngs(params=jax.random.key(0)), **options)
+
+    graph, _ = nnx.split(nnx.eval_shape(init), nnx.Param)
+    return Built(graph, jax.jit(lambda: nnx.to_pure_dict(nnx.split(init(), nnx.Param)[1]))())
+
+
+make = functools.cache(build)
+
+
+def named(tree):
+    return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def noisy(built):
+    """Every parameter moved at random, so that no zero init hides anything."""
+    rng = np.random.default_rng(9)
+    return built._replace(params=jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype("f4"), built.params))
+
+
+def inputs(*lengths, pad_to=7):
+    states = 50 * jax.random.normal(jax.random.key(1), (len(lengths), pad_to, D_LLM))
+    mask = jnp.arange(pad_to) < jnp.array(lengths)[:, None]
+    return states, mask, jnp.linspace(0.1, 0.9, len(lengths))
+
+
+def counted(kind, **options):
+    module = nnx.eval_shape(lambda: make_adapter(kind, rngs=nnx.Rngs(params=jax.random.key(0)), **options))
+    _, params, rest = nnx.split(module, nnx.Param, ...)
+    assert not jax.tree.leaves(rest), "only Params may be leaves"
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+# ---- sizes and paths ----
+
+
+def test_ella_options_count_as_published():
+    assert counted("resampler", d_llm=2048, d_ctx=768, **ELLA) == 66_820_608  # ELLA 2403.05135: 66.82 M
+
+
+def test_refiner_count_by_arithmetic():
+    w, llm, ctx = 1024, 2048, 768
+    attention = 4 * (w * w + w)
+    mlp = (w * 4 * w + 4 * w) + (4 * w * w + w)
+    block = attention + mlp + 2 * 2 * w
+    ends = llm + (llm * w + w) + 2 * w + (w * ctx + ctx) + 2 * ctx
+    learned = 4 * w + 5 * ctx  # registers, null
+    assert counted("refiner", d_llm=llm, d_ctx=ctx) == 4 * block + ends + learned == 53_283_840
+
+
+def test_mlp_count_is_lavi_bridge():
+    plain = dict(input_norm=False, output_norm=False, registers=0, learned_null=False)
+    layers = [(4096, 2432), (2432, 768)]
+    expected = sum(2 * a + (a * 8 * a + 8 * a) + (4 * a * b + b) for a, b in layers)
+    assert counted("mlp", d_llm=4096, d_ctx=768, **plain) == expected == 228_920_192  # 229 M
+
+
+def test_paths():
+    names = set(named(make("refiner").params))
+    block = {f"blocks/self_attn/{p}/{leaf}" for p in ("query", "key", "value", "out") for leaf in ("kernel", "bias")}
+    block |= {f"blocks/mlp/{p}/{leaf}" for p in ("up", "down") for leaf in ("kernel", "bias")}
+    assert block | {"input_norm/scale", "registers", "null", "output_norm/scale", "output_norm/bias"} <= names
+    assert make("refiner").params["blocks"]["mlp"]["up"]["kernel"].shape == (2, WIDTH, 4 * WIDTH)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_and_null(kind):
+    states, mask, _ = inputs(7, 3)
+    context, context_mask = make(kind, registers=3)(states, mask)
+    tokens = 3 + (5 if kind == "resampler" else 7)
+    assert context.shape == (2, tokens, D_CTX) and context_mask.shape == (2, tokens)
+    assert context_mask[:, :3].all()
+    assert make(kind, registers=3).params["null"].shape == (1, 4, D_CTX)
+    assert "null" not in make(kind, learned_null=False).params
+    if kind != "resampler":
+        np.testing.assert_array_equal(context_mask[:, 3:], mask)
+
+
+# ---- masks, batch, padding ----
+
+
+@pytest.mark.parametrize(("kind", "time_cond"), EVERY)
+def test_masked_tokens_change_nothing(kind, time_cond):
+    adapter = noisy(make(kind, time_cond=time_cond))
+    states, mask, t = inputs(7, 4, 1)
+    context, context_mask = adapter(states, mask, t)
+    for garbage in (1e6, jnp.nan, jnp.inf):
+        other, _ = adapter(jnp.where(mask[..., None], states, garbage), mask, t)
+        np.testing.assert_array_equal(context, other)
+    np.testing.assert_array_equal(context[~np.asarray(context_mask)], 0)
+    moved, _ = adapter(states.at[:, 0].multiply(-1.0), mask, t)  # a token that counts does change the context
+    assert (np.abs(moved - context).max(axis=(1, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize(("kind", "time_cond"), EVERY)
+def test_batch_and_padding_change_nothing(kind, time_cond):
+    adapter = noisy(make(kind, time_cond=time_cond))
+    lengths = (7, 4, 1)
+    states, mask, t = inputs(*lengths)
+    context, context_mask = adapter(states, mask, t)
+    for row, length in enumerate(lengths):
+        alone, _ = adapter(states[row : row + 1, :length], mask[row : row + 1, :length], t[row : row + 1])
+        np.testing.assert_allclose(alone[0], context[row][context_mask[row]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize(("kind", "time_cond"), EVERY)
+def test_rows_without_a_token_stay_finite(kind, time_cond, registers):
+    adapter = noisy(make(kind, time_cond=time_cond, registers=registers))
+    states, mask, t = inputs(0, 3)
+
+    def total(params):
+        context, _ = adapter._replace(params=params)(states, mask, t)
+        return jnp.sum(context**2), context
+
+    gradient, context = jax.jit(jax.grad(total, has_aux=True))(adapter.params)
+    assert np.isfinite(context).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_bidirectional_and_per_token():
+    states, mask, _ = inputs(5, pad_to=5)
+    changed = states.at[:, 4].add(30.0)
+    for kind, first_moves in (("refiner", True), ("mlp", False)):
+        adapter = noisy(make(kind))
+        difference = np.abs(adapter(states, mask)[0] - adapter(changed, mask)[0]).max(axis=(0, 2))
+        assert (difference[4] > 1e-4) == first_moves  # the first token, behind 4 registers
+        assert difference[8] > 1e-4
+
+
+# ---- inits ----
+
+
+def test_refiner_blocks_start_as_the_identity():
+    states, mask, _ = inputs(7, 4)
+    deep, shallow = make("refiner", depth=3), make("refiner", depth=1)
+    shallow = shallow._replace(params=deep.params | {"blocks": shallow.params["blocks"]})
+    np.testing.assert_array_equal(deep(states, mask)[0], shallow(states, mask)[0])
+    for name, leaf in named(deep.params).items():
+        assert np.any(leaf) != name.endswith(("self_attn/out/kernel", "mlp/down/kernel", "bias")), name
+
+
+def test_context_starts_at_the_given_mean_and_std():
+    mean, std = np.linspace(-2, 3, D_CTX, dtype=np.float32), np.linspace(0.1, 2, D_CTX, dtype=np.float32)
+    states, mask, _ = inputs(7, 7, 7)
+    plain, calibrated = make("refiner"), build("refiner", mean=mean, std=std)
+    np.testing.assert_allclose(calibrated(states, mask)[0], plain(states, mask)[0] * std + mean, atol=1e-5)
+    null, plain_null = calibrated.params["null"], plain.params["null"]
+    np.testing.assert_allclose(null, plain_null * std + mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scale_of_the_states_does_not_matter(kind):
+    adapter = make(kind)
+    states, mask, _ = inputs(7, 4)
+    np.testing.assert_allclose(adapter(states, mask)[0], adapter(1000 * states, mask)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_time_starts_without_effect_on_norms_and_then_has_one(kind):
+    states, mask, t = inputs(7, 4)
+    adapter = make(kind, time_cond="adaln")
+    if kind != "resampler":  # whose latents take the time from the start, as ELLA's
+        np.testing.assert_array_equal(adapter(states, mask, t)[0], adapter(states, mask, 1 - t)[0])
+    moved = noisy(adapter)
+    assert np.abs(moved(states, mask, t)[0] - moved(states, mask, 1 - t)[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize(("kind", "time_cond"), EVERY)
+def test_gradient_reaches_every_leaf(kind, time_cond):
+    adapter = noisy(make(kind, time_cond=time_cond))
+    states, mask, t = inputs(7, 4)
+
+    def total(params):
+        context, _ = adapter._replace(params=params)(states, mask, t)
+        weights = jax.random.normal(jax.random.key(3), context.shape)
+        return jnp.sum(weights * context) + jnp.sum(params["null"] ** 2)
+
+    gradient = {name: np.abs(leaf).max() for name, leaf in named(jax.jit(jax.grad(total))(adapter.params)).items()}
+    # A key bias adds the same number, q . b, to every logit of a query, and softmax does not see it: exactly zero but for rounding.
+    silent = {name for name in gradient if name.endswith("attn/key/bias")}
+    largest = max(gradient.values())
+    assert all(gradient[name] < 1e-5 * largest for name in silent)
+    assert all(gradient[name] > 1e-5 * largest for name in gradient.keys() - silent), gradient
+
+
+def test_bf16_stays_close_and_keeps_fp32_parameters():
+    states, mask, t = inputs(7, 4)
+    for kind in KINDS:
+        exact, _ = make(kind)(states, mask)
+        coarse_adapter = make(kind, dtype=jnp.bfloat16)
+        coarse, _ = coarse_adapter(states, mask)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(coarse_adapter.params))
+        cosine = jnp.sum(exact * coarse) / jnp.linalg.norm(exact) / jnp.linalg.norm(coarse)
+        assert 0.999 < cosine < 1 - 1e-9 and np.abs(exact - coarse).max() > 0
+
+
+# ---- parity with code we did not write ----
+
+
+def copy(linear, params):
+    linear.weight.data = torch.tensor(np.asarray(params["kernel"]).T.copy())
+    linear.bias.data = torch.tensor(np.asarray(params["bias"]).copy())
+
+
+def copy_attention(attention, params):
+    order = ("query", "key", "value")
+    attention.in_proj_weight.data = torch.tensor(np.concatenate([np.asarray(params[p]["kernel"]).T for p in order]))
+    attention.in_proj_bias.data = torch.tensor(np.concatenate([params[p]["bias"] for p in order]))
+    copy(attention.out_proj, params["out"])
+
+
+def layer(blocks, i):
+    return jax.tree.map(lambda leaf: leaf[i], blocks)
+
+
+def torch_of(x):
+    return torch.tensor(np.asarray(x))
+
+
+@torch.no_grad()
+def test_refiner_agrees_with_torch_encoder_layers():
+    adapter = noisy(make("refiner"))
+    params = adapter.params
+    states, mask, _ = inputs(7, 4, 1)
+    h = torch_of(states) * torch.rsqrt((torch_of(states) ** 2).mean(-1, keepdim=True) + 1e-6) * torch_of(params["input_norm"]["scale"])
+    project_in, project_out = torch.nn.Linear(D_LLM, WIDTH), torch.nn.Linear(WIDTH, D_CTX)
+    copy(project_in, params["project_in"])
+    copy(project_out, params["project_out"])
+    x = torch.cat([torch_of(params["registers"]).expand(3, -1, -1), project_in(h)], dim=1)
+    hidden = torch.cat([torch.zeros(3, 4, dtype=bool), ~torch_of(mask)], dim=1)
+    for i in range(2):
+        block = layer(params["blocks"], i)
+        encoder = torch.nn.TransformerEncoderLayer(
+            WIDTH, 2, 4 * WIDTH, 0.0, lambda x: torch.nn.functional.gelu(x, approximate="tanh"), 1e-6, True, norm_first=True
+        )
+        copy_attention(encoder.self_attn, block["self_attn"])
+        copy(encoder.linear1, block["mlp"]["up"])
+        copy(encoder.linear2, block["mlp"]["down"])
+        for norm, name in ((encoder.norm1, "norm_1"), (encoder.norm2, "norm_2")):
+            norm.weight.data, norm.bias.data = (torch_of(block[name]["norm"][leaf]) for leaf in ("scale", "bias"))
+        x = encoder(x, src_key_padding_mask=hidden)
+    for name, after in (("norm", project_out), ("output_norm", torch.nn.Identity())):
+        leaves = params[name].get("norm", params[name])
+        x = after(torch.nn.functional.layer_norm(x, x.shape[-1:], torch_of(leaves["scale"]), torch_of(leaves["bias"]), 1e-6))
+    expected = np.where(hidden.numpy()[..., None], 0, x.numpy())
+    np.testing.assert_allclose(adapter(states, mask)[0], expected, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_ella_options_agree_with_torch_attention_and_diffusers_time_embedding():
+    width, latents = 16, 5
+    options = ELLA | dict(width=width, depth=2, heads=2, latents=latents)
+    adapter = noisy(make("resampler", d_ctx=width, **options))
+    params = adapter.params
+    states, mask, t = inputs(7, 4)
+
+    embedding = TimestepEmbedding(320, width)
+    copy(embedding.linear_1, params["time_embedding"]["up"])
+    copy(embedding.linear_2, params["time_embedding"]["down"])
+    time = embedding(Timesteps(320, flip_sin_to_cos=True, downscale_freq_shift=0)(1000 * torch_of(t)))
+    activated = torch.nn.functional.silu(time)
+
+    def dense(params, x):
+        return x @ torch_of(params["kernel"]) + torch_of(params["bias"])
+
+    def adaptive_norm(params, x):
+        shift, scale = dense(params["modulation"], activated)[:, None].chunk(2, dim=-1)
+        return torch.nn.functional.layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift
+
+    x = dense(params["project_in"], torch_of(states))
+    y = torch_of(params["latents"]) + dense(params["latents_time"], activated)[:, None]
+    hidden = torch.cat([torch.zeros(2, latents, dtype=bool), ~torch_of(mask)], dim=1)
+    for i in range(2):
+        block = layer(params["blocks"], i)
+        attention = torch.nn.MultiheadAttention(width, 2, batch_first=True)
+        copy_attention(attention, block["cross_attn"])
+        h = adaptive_norm(block["norm_latents"], y)
+        keys = torch.cat([h, adaptive_norm(block["norm_states"], x)], dim=1)
+        y = y + attention(h, keys, keys, key_padding_mask=hidden)[0]
+        h = dense(block["mlp"]["up"], adaptive_norm(block["norm_mlp"], y)).relu().square()
+        y = y + dense(block["mlp"]["down"], h)
+    context, context_mask = adapter(states, mask, t)
+    assert context_mask.all()
+    np.testing.assert_allclose(context, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+
+# ---- errors ----
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="'perceiver'; valid: refiner, resampler, mlp"):
+        make_adapter("perceiver", d_llm=4, d_ctx=4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'gate'; valid: off, adaln"):
+        make("refiner", time_cond="gate")
+    with pytest.raises(ValueError, match="width 10 is not a multiple of heads 4; the nearest valid width is 8"):
+        make("refiner", width=10, heads=4)
+    with pytest.raises(ValueError, match="width 8 must be d_ctx 6"):
+        make("resampler", output_norm=False)
+    states, mask, _ = inputs(7, 4)
+    with pytest.raises(ValueError, match="needs the diffusion time"):
+        make("refiner", time_cond="adaln")(states, mask)
