@@ -1,8 +1,8 @@
 """Checkpoints: asynchronous, atomic, verified, restored to any sharding.
 
-A checkpoint is one folder `<directory>/<step>`: the state (arrays, by Orbax), `meta` (JSON) and `digest.json` with the size
-and CRC-32 of each file. Orbax writes to a temporary name and renames, so a killed save leaves the older ones as they were;
-the digests are there because Orbax restores a flipped bit without complaint.
+A checkpoint is one folder `<directory>/<step>`: the state (arrays, by Orbax), `meta` (JSON) and `digest.json` with the
+size and CRC-32 of each file. Orbax writes to a temporary name and renames, so a killed save leaves the older ones as
+they were; the digests are there because Orbax restores a flipped bit without complaint.
 """
 
 import json
@@ -49,8 +49,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps(read=True)) if self.directory.is_dir() else []
 
     def save(self, step: int, state: Any, meta: dict) -> None:
-        """Starts writing; returns once the state is off the devices, so its buffers may be donated. A step that is there
-        already is left alone. Raises OSError with path and reason, also for an earlier save that failed meanwhile."""
+        """Starts writing; returns once the state is off the devices, so its buffers may be donated.
+
+        A step that is there already is left alone. Raises OSError with path and reason, also for an earlier save that
+        failed meanwhile.
+        """
         self.wait()
         if step in self.steps():
             return
@@ -78,8 +81,8 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict] | None:
         """(step, state, meta) of the newest good checkpoint, or of `step`; None when there is none at all.
 
-        `abstract_state`: ShapeDtypeStructs, with the shardings to restore to. A damaged checkpoint is passed over with a
-        warning that says why (and moved to `damaged-<step>` beside the folder, unless read-only).
+        `abstract_state`: ShapeDtypeStructs, with the shardings to restore to. A damaged checkpoint is passed over with
+        a warning that says why (and moved to `damaged-<step>` beside the folder, unless read-only).
         Raises ValueError when a checkpoint's leaves are not those of `abstract_state`, naming all differences; OSError
         when `step` is missing or damaged, or when every checkpoint is damaged.
         """

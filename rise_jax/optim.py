@@ -1,6 +1,6 @@
 """AdamW with warm-up, global-norm clipping and an optional linear decay.
 
-Every schedule is a function of the absolute step and never of the length of the run, so a longer run repeats a shorter one.
+Every schedule is a function of the absolute step and not of the length of the run: a longer run repeats a shorter one.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,10 @@ FLOOR = 0.01
 def make_schedule(
     learning_rate: float, warmup: int = 0, decay_from: int = 0, decay_until: int = 0
 ) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of the update made at a 0-based step: linear to `learning_rate` over `warmup` steps (the first update
-    gets 1/warmup of it), constant, then linear from step `decay_from` to 1 % of it at `decay_until` and after.
+    """Learning rate of the update made at a 0-based step.
+
+    Linear to `learning_rate` over `warmup` steps (the first update gets 1/warmup of it), constant, then linear from
+    step `decay_from` to 1 % of it at `decay_until` and after.
 
     decay_until = 0 means no decay. Raises ValueError when the rate is not positive or the three steps are out of order.
     """
@@ -73,7 +75,7 @@ def make_optimizer(
 
 
 def decayed(params: Any) -> Any:
-    """Tree of bools: True for kernels and embeddings. By name, because stacking layers gives a bias two axes as well."""
+    """Tree of bools: True for kernels and embeddings. By name, because a stack of layers gives a bias two axes too."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_name(path).rpartition("/")[2] in ("kernel", "embedding"), params
     )

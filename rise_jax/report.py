@@ -25,7 +25,7 @@ SMOOTHING = 0.1
 class Report:
     """Reports a run into `workdir`; only process 0 writes.
 
-    `start_step`: updates made already. On resume, lines of later steps (made after the restored checkpoint) are dropped, so
+    `start_step`: updates made already. On resume, lines of later steps (after the restored checkpoint) are dropped, so
     metrics.jsonl has each step once. A step's number is the count of updates made with it: the first is 1.
     """
 
@@ -53,7 +53,7 @@ class Report:
         return finished
 
     def flush(self) -> dict[str, float] | None:
-        """Writes the step still held back and returns its metrics; call it before a checkpoint. Waits for the device."""
+        """Writes the step held back and returns its metrics; waits for the device. Call it before a checkpoint."""
         if self._pending is None:
             return None
         (step, metrics), self._pending = self._pending, None

@@ -30,7 +30,7 @@ def make_mesh(
 ) -> Mesh:
     """Mesh with axes data, fsdp, context, tensor over all devices (or `devices`); one size may be -1: what is left.
 
-    Raises ValueError with both numbers, and the nearest choice that fits, when the sizes do not fill the devices exactly.
+    Raises ValueError with both numbers, and the nearest choice that fits, when the sizes do not fill the devices.
     """
     devices = list(devices or jax.devices())
     sizes = dict(zip(AXES, (data, fsdp, context, tensor)))
@@ -39,7 +39,7 @@ def make_mesh(
         raise ValueError(f"mesh sizes must be >= 1, or -1 to fill from the devices; got {_describe(wrong)}")
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ValueError(f"only one mesh axis may be -1; got {_describe({name: -1 for name in free})}")
+        raise ValueError(f"only one mesh axis may be -1; got {_describe(dict.fromkeys(free, -1))}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (not free and fixed != len(devices)):
         raise ValueError(_misfit(sizes, fixed, len(devices)))

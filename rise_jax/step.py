@@ -44,7 +44,7 @@ def make_train_step(
     """`train_step(state, frozen, batch, key) -> (state, metrics)`, pure; the caller jits it and donates the state.
 
     batch: video uint8 [B, T, H, W, 3]; states [B, L, d_llm] and states_mask [B, L] (or the token ids of the in-step LLM);
-    index uint32 [B], the global sample index; weight float32 [B], 0 for a clip that could not be read; step int32 [].
+    index int32 [B], the global sample index; weight float32 [B], 0 for a clip that could not be read; step int32 [].
     frozen: {"params": leaves that are not trained, "llm": ..., "prefix": ...}.
 
     A non-finite loss or gradient leaves the state as it was, and so does every later batch (`batch["step"]` runs ahead of

@@ -173,7 +173,7 @@ def _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, bat
 
 def _on_mesh(batch: dict, table: dict, step: int, mesh) -> dict:
     rows = {name: array[batch["text"]] for name, array in table.items()}
-    kept = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.uint32)}
+    kept = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.int32)}
     return put_batch(kept | rows, mesh) | {"step": np.int32(step)}
 
 

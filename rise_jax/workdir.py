@@ -15,8 +15,8 @@ FREE = r"^(run\.(steps|save_every|keep)|mesh\..*|sample\..*|data\.workers)$"
 def lock_workdir(workdir: str | os.PathLike) -> TextIO:
     """Makes the folder and takes its lock, which lasts until the returned file is closed or the process ends.
 
-    Raises OSError when the folder cannot be made or written (with path and reason), and RuntimeError, naming the process,
-    when another run holds the lock.
+    Raises OSError when the folder cannot be made or written (with path and reason), and RuntimeError, naming the
+    process, when another run holds the lock.
     """
     path = Path(workdir) / "lock"
     try:
@@ -70,7 +70,10 @@ def config_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes indented JSON atomically: the file is the old one or the new one, never half. Raises OSError with path and reason."""
+    """Writes indented JSON atomically: the file is the old one or the new one, never half.
+
+    Raises OSError with path and reason.
+    """
     path = Path(path)
     scratch = path.with_name(path.name + ".tmp")
     try:

@@ -1,4 +1,4 @@
-"""One JAX setting for all tests: eight CPU devices, and a compilation cache shared by the worker processes of one machine."""
+"""One JAX setting for all tests: eight CPU devices, and a compilation cache that worker processes and runs share."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402  (XLA_FLAGS are read at import)
+import jax  # after the flags, which it reads when imported
 
 jax.config.update(
     "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"rise_jax_test_cache_{os.getuid()}")

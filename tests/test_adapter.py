@@ -16,6 +16,11 @@ SIZES = dict(refiner=dict(depth=2, heads=2), resampler=dict(depth=2, heads=2, la
 EVERY = [(kind, time_cond) for kind in KINDS for time_cond in ("off", "adaln")]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(graph, params, *args):
+    return nnx.merge(graph, params)(*args)
+
+
 class Built(NamedTuple):
     """An adapter as the program holds it: a graph and a nested dict of arrays."""
 
@@ -23,30 +28,31 @@ class Built(NamedTuple):
     params: dict
 
     def __call__(self, *args):
-        return jax.jit(lambda params, *args: nnx.merge(self.graph, params)(*args))(self.params, *args)
+        return apply(self.graph, self.params, *args)
 
 
-def build(kind, **options):
+def init(kind, **options):
     options = dict(d_llm=D_LLM, d_ctx=D_CTX, width=WIDTH) | SIZES[kind] | options
-
-    def init():
-        return make_adapter(kind, rngs=nnx.Rngs(params=jax.random.key(0)), **options)
-
-    graph, _ = nnx.split(nnx.eval_shape(init), nnx.Param)
-    return Built(graph, jax.jit(lambda: nnx.to_pure_dict(nnx.split(init(), nnx.Param)[1]))())
+    return make_adapter(kind, rngs=nnx.Rngs(params=jax.random.key(0)), **options)
 
 
-make = functools.cache(build)
+def make(kind, **options):
+    """As it starts."""
+    graph, params = nnx.split(init(kind, **options), nnx.Param)
+    return Built(graph, nnx.to_pure_dict(params))
+
+
+@functools.cache
+def make_noisy(kind, **options):
+    """With random parameters everywhere, so that no zero init hides anything."""
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: init(kind, **options)), nnx.Param)
+    rng = np.random.default_rng(9)
+    fill = lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape) + (x.shape[-1:] == x.shape), x.dtype)  # noqa: E731
+    return Built(graph, jax.tree.map(fill, nnx.to_pure_dict(abstract)))
 
 
 def named(tree):
     return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def noisy(built):
-    """Every parameter moved at random, so that no zero init hides anything."""
-    rng = np.random.default_rng(9)
-    return built._replace(params=jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype("f4"), built.params))
 
 
 def inputs(*lengths, pad_to=7):
@@ -112,7 +118,7 @@ def test_shapes_and_null(kind):
 
 @pytest.mark.parametrize(("kind", "time_cond"), EVERY)
 def test_masked_tokens_change_nothing(kind, time_cond):
-    adapter = noisy(make(kind, time_cond=time_cond))
+    adapter = make_noisy(kind, time_cond=time_cond)
     states, mask, t = inputs(7, 4, 1)
     context, context_mask = adapter(states, mask, t)
     for garbage in (1e6, jnp.nan, jnp.inf):
@@ -125,7 +131,7 @@ def test_masked_tokens_change_nothing(kind, time_cond):
 
 @pytest.mark.parametrize(("kind", "time_cond"), EVERY)
 def test_batch_and_padding_change_nothing(kind, time_cond):
-    adapter = noisy(make(kind, time_cond=time_cond))
+    adapter = make_noisy(kind, time_cond=time_cond)
     lengths = (7, 4, 1)
     states, mask, t = inputs(*lengths)
     context, context_mask = adapter(states, mask, t)
@@ -137,7 +143,7 @@ def test_batch_and_padding_change_nothing(kind, time_cond):
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize(("kind", "time_cond"), EVERY)
 def test_rows_without_a_token_stay_finite(kind, time_cond, registers):
-    adapter = noisy(make(kind, time_cond=time_cond, registers=registers))
+    adapter = make_noisy(kind, time_cond=time_cond, registers=registers)
     states, mask, t = inputs(0, 3)
 
     def total(params):
@@ -153,7 +159,7 @@ def test_bidirectional_and_per_token():
     states, mask, _ = inputs(5, pad_to=5)
     changed = states.at[:, 4].add(30.0)
     for kind, first_moves in (("refiner", True), ("mlp", False)):
-        adapter = noisy(make(kind))
+        adapter = make_noisy(kind)
         difference = np.abs(adapter(states, mask)[0] - adapter(changed, mask)[0]).max(axis=(0, 2))
         assert (difference[4] > 1e-4) == first_moves  # the first token, behind 4 registers
         assert difference[8] > 1e-4
@@ -174,7 +180,7 @@ def test_refiner_blocks_start_as_the_identity():
 def test_context_starts_at_the_given_mean_and_std():
     mean, std = np.linspace(-2, 3, D_CTX, dtype=np.float32), np.linspace(0.1, 2, D_CTX, dtype=np.float32)
     states, mask, _ = inputs(7, 7, 7)
-    plain, calibrated = make("refiner"), build("refiner", mean=mean, std=std)
+    plain, calibrated = make("refiner"), make("refiner", mean=mean, std=std)
     np.testing.assert_allclose(calibrated(states, mask)[0], plain(states, mask)[0] * std + mean, atol=1e-5)
     null, plain_null = calibrated.params["null"], plain.params["null"]
     np.testing.assert_allclose(null, plain_null * std + mean, atol=1e-6)
@@ -193,13 +199,13 @@ def test_time_starts_without_effect_on_norms_and_then_has_one(kind):
     adapter = make(kind, time_cond="adaln")
     if kind != "resampler":  # whose latents take the time from the start, as ELLA's
         np.testing.assert_array_equal(adapter(states, mask, t)[0], adapter(states, mask, 1 - t)[0])
-    moved = noisy(adapter)
+    moved = make_noisy(kind, time_cond="adaln")
     assert np.abs(moved(states, mask, t)[0] - moved(states, mask, 1 - t)[0]).max() > 1e-4
 
 
 @pytest.mark.parametrize(("kind", "time_cond"), EVERY)
 def test_gradient_reaches_every_leaf(kind, time_cond):
-    adapter = noisy(make(kind, time_cond=time_cond))
+    adapter = make_noisy(kind, time_cond=time_cond)
     states, mask, t = inputs(7, 4)
 
     def total(params):
@@ -251,7 +257,7 @@ def torch_of(x):
 
 @torch.no_grad()
 def test_refiner_agrees_with_torch_encoder_layers():
-    adapter = noisy(make("refiner"))
+    adapter = make_noisy("refiner")
     params = adapter.params
     states, mask, _ = inputs(7, 4, 1)
     h = torch_of(states) * torch.rsqrt((torch_of(states) ** 2).mean(-1, keepdim=True) + 1e-6) * torch_of(params["input_norm"]["scale"])
@@ -282,7 +288,7 @@ def test_refiner_agrees_with_torch_encoder_layers():
 def test_ella_options_agree_with_torch_attention_and_diffusers_time_embedding():
     width, latents = 16, 5
     options = ELLA | dict(width=width, depth=2, heads=2, latents=latents)
-    adapter = noisy(make("resampler", d_ctx=width, **options))
+    adapter = make_noisy("resampler", d_ctx=width, **options)
     params = adapter.params
     states, mask, t = inputs(7, 4)
 

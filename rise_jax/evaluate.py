@@ -1,0 +1,128 @@
+"""--mode=evaluate: how well a run does on held-out prompts, as evaluation.json and a picture.
+
+Videos are made as a user makes them: from the short prompt, with the LLM's own rephrasing. They are scored against the prompt, never
+against the rephrasing. The held-out loss is teacher-forced, at fixed times and fixed noise.
+"""
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rise_jax import metrics
+from rise_jax.conditions import complete
+from rise_jax.data.loader import make_loader
+from rise_jax.data.open import open_source
+from rise_jax.language import Rephrasings
+from rise_jax.pipeline import Pipeline
+from rise_jax.step import make_eval_step
+from rise_jax.validate import validate
+from rise_jax.video import contact_sheet, write_png
+from rise_jax.workdir import write_json
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+PICTURED = 12  # videos in the picture
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> int:
+    """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts."""
+    validate(config)
+    pipe = Pipeline.from_run(workdir)
+    source = _held_out(pipe.config.data, config.sample.count, config.run.seed)
+    prompts = [text.prompt for text in source.texts[: config.sample.count]]
+    seeds = [config.sample.seed + i for i in range(len(prompts))]
+    settings = {name: config.sample[name] for name in ("steps", "guidance", "stepper", "frames", "height", "width")}
+
+    heard = pipe.language.rephrase(prompts, temperature=config.sample.temperature, seeds=seeds)
+    videos = pipe.render(heard, seeds, **settings)
+    result = {
+        "prompts": len(prompts),
+        "seeds": [seeds[0], seeds[-1]],
+        "sample": settings | {"temperature": config.sample.temperature},
+        "heldout_loss": heldout_loss(pipe, source, workdir, config.sample.batch_size),
+        "flicker": float(np.mean([metrics.flicker(video) for video in videos])),
+        "motion_energy": float(np.mean([metrics.motion_energy(video) for video in videos])),
+    }
+    if config.data.source == "scenes":
+        deaf = Rephrasings(np.zeros_like(heard.states), heard.mask, heard.texts)
+        unheard = pipe.render(deaf, seeds, **settings)
+        result |= scene_scores(videos, unheard, heard.texts, source.scenes[: len(prompts)])
+    write_json(workdir / "evaluation.json", result)
+    write_png(workdir / "evaluation.png", contact_sheet(videos[:PICTURED], prompts[:PICTURED], heard.texts[:PICTURED]))
+    _print(result, workdir)
+    return 0
+
+
+def scene_scores(videos, unheard, rephrased, scenes) -> dict:
+    """Shares of right attributes: of the videos, against their neighbours' prompts (shuffled), without states, of the rephrasings."""
+    scores = [metrics.score(video, scene) for video, scene in zip(videos, scenes)]
+    shuffled = [metrics.score(video, scene) for video, scene in zip(videos, np.roll(np.array(scenes, object), 1))]
+    zeroed = [metrics.score(video, scene) for video, scene in zip(unheard, scenes)]
+    kept = [metrics.kept(text, scene) for text, scene in zip(rephrased, scenes)]
+    two = [len(scene.things) == 2 for scene in scenes]
+    return {
+        "attribute_accuracy": shares(scores),
+        "intervals": intervals(scores),
+        "one_thing": shares([score for score, pair in zip(scores, two) if not pair]),
+        "two_things": shares([score for score, pair in zip(scores, two) if pair]),
+        "shuffled": shares(shuffled),
+        "zeroed": shares(zeroed),
+        "kept_by_rephrasing": shares(kept),
+    }
+
+
+def shares(scores: list[dict[str, bool]]) -> dict[str, float]:
+    """Share of True per attribute, among the scores that have it."""
+    return {name: float(np.mean(column)) for name, column in _columns(scores).items()}
+
+
+def intervals(scores: list[dict[str, bool]]) -> dict[str, list[float]]:
+    """[low, high, n] per attribute: 95 % Wilson interval and the number of prompts that asked for it."""
+    return {name: [*metrics.wilson(sum(column), len(column)), len(column)] for name, column in _columns(scores).items()}
+
+
+def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int) -> dict:
+    """Denoising loss per time on held-out clips, with their own states, with another clip's, and with none."""
+    texts = complete(source.texts, pipe.language, workdir / "captions-heldout.jsonl")
+    states, mask = pipe.language.teach(texts)
+    size = min(batch_size, len(source))
+    batch = next(make_loader(source, batch_size=size, seed=0, quarantine_file=workdir / "quarantine.jsonl"))
+    step = jax.jit(partial(_mean_loss, make_eval_step(pipe.model)))
+    rows = {"true": batch["text"], "shuffled": np.roll(batch["text"], 1)}
+    given = {name: (states[text], mask[text]) for name, text in rows.items()} | {
+        "zeroed": (np.zeros_like(states[batch["text"]]), mask[batch["text"]])
+    }
+    clips = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.int32)}
+    losses = {
+        name: np.asarray(step(pipe.params, clips | {"states": array, "states_mask": keep})).tolist()
+        for name, (array, keep) in given.items()
+    }
+    return {"clips": size, "times": list(TIMES), **losses}
+
+
+def _mean_loss(eval_step, params, batch):
+    losses = eval_step(params, {"params": {}}, batch, TIMES, jax.random.key(0))
+    weight = batch["weight"][:, None]
+    return (losses * weight).sum(0) / weight.sum()
+
+
+def _held_out(data: ConfigDict, count: int, seed: int):
+    names = ("source", "path", "frames", "height", "width", "fps")
+    return open_source(**{name: data[name] for name in names}, split="heldout", texts=count, seed=seed)
+
+
+def _columns(scores):
+    names = dict.fromkeys(name for score in scores for name in score)
+    return {name: [score[name] for score in scores if name in score] for name in names}
+
+
+def _print(result: dict, workdir: Path) -> None:
+    if "attribute_accuracy" in result:
+        for name, share in result["attribute_accuracy"].items():
+            low, high, n = result["intervals"][name]
+            other = f"shuffled {result['shuffled'][name]:.2f}, zeroed {result['zeroed'][name]:.2f}"
+            print(f"{name:>11}: {share:.3f}  [{low:.2f}, {high:.2f}] of {n} prompts; {other}; kept by the rephrasing {result['kept_by_rephrasing'][name]:.2f}")
+    losses = result["heldout_loss"]
+    print("held-out loss: " + ", ".join(f"t={t}: {loss:.4f}" for t, loss in zip(losses["times"], losses["true"])))
+    print(f"{workdir / 'evaluation.json'} and evaluation.png: {result['prompts']} held-out prompts, seeds {result['seeds'][0]} to {result['seeds'][1]}", flush=True)
