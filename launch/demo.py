@@ -1,0 +1,71 @@
+"""`make demo`: the user's four commands one after the other with preset tiny, then runs/demo/report.json.
+
+Fewer steps and texts than the preset's own, so that all of it takes minutes on 2 CPU cores. Each command is a process of its own,
+exactly as typed by hand; its time includes start-up and compilation.
+"""
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+OUT = Path("runs/demo")
+PROMPTS = "||".join(
+    (
+        "a red circle moving left",
+        "the digit 3 in blue going up",
+        "un cuadrado verde hacia la derecha",
+        "un triangle jaune va vers le bas",
+        "ein violetter Kreis bewegt sich nach oben",
+        "a small yellow square moving right and a small blue triangle moving left, white background",
+    )
+)
+STAGE1 = ["--config.run.steps=300", "--config.data.texts=256"]
+STAGE2 = ["--config.run.steps=600", "--config.data.texts=256", f"--config.run.init_from={OUT / 'stage1'}"]
+GENERATE = ["--mode=generate", f"--config.sample.prompts={PROMPTS}"]
+EVALUATE = ["--mode=evaluate"]
+SCORED = ("colour", "direction", "shape", "all")
+
+
+def main() -> None:
+    shutil.rmtree(OUT, ignore_errors=True)
+    seconds = {
+        "stage1": run("stage1", "stage1", STAGE1),
+        "stage2": run("stage2", "stage2", STAGE2),
+        "generate": run("stage2", "stage2", GENERATE),
+        "evaluate": run("stage2", "stage2", EVALUATE),
+    }
+    evaluation = json.loads((OUT / "stage2" / "evaluation.json").read_text())
+    summary = json.loads((OUT / "stage2" / "summary.json").read_text())
+    report = {
+        "attribute_accuracy": {name: evaluation["attribute_accuracy"][name] for name in SCORED},
+        "shuffled": {name: evaluation["shuffled"][name] for name in SCORED},
+        "prompts": evaluation["prompts"],
+        "seconds": seconds,
+        "params_sha256": summary["params_sha256"],
+    }
+    (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print_report(report)
+
+
+def run(config: str, workdir: str, extra: list[str]) -> float:
+    """Runs one command of main.py and returns its seconds; stops the demo when it fails."""
+    command = ["main.py", f"--config=configs/{config}.py", f"--workdir={OUT / workdir}", *extra]
+    print(f"\n$ python {' '.join(word if ' ' not in word else repr(word) for word in command)}", flush=True)
+    began = time.perf_counter()
+    code = subprocess.run([sys.executable, *command]).returncode
+    if code:
+        sys.exit(f"the command above failed with exit code {code}; {OUT} keeps what it wrote")
+    return round(time.perf_counter() - began, 1)
+
+
+def print_report(report: dict) -> None:
+    shares = ", ".join(f"{name} {share:.2f} (shuffled {report['shuffled'][name]:.2f})" for name, share in report["attribute_accuracy"].items())
+    print(f"\nVideos: {OUT / 'stage2' / 'samples'} (contact_sheet.png shows them all)")
+    print(f"Measured on {report['prompts']} held-out prompts: {shares}")
+    print(f"Seconds: {sum(report['seconds'].values()):.0f} in all. Report: {OUT / 'report.json'}")
+
+
+if __name__ == "__main__":
+    main()

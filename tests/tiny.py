@@ -1,0 +1,73 @@
+"""A language model of a few thousand random parameters in a Hugging Face folder, and a config that uses it: tests of the whole run."""
+import json
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+
+from configs import stage1, stage2
+
+WIDTH, MLP, DEPTH, HEADS, KV_HEADS = 16, 32, 2, 2, 1
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def write_llm(folder: Path, seed: int = 0) -> Path:
+    """Byte-level Llama with tied embeddings and a chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|pad|>", "<|start|>", "<|end|>"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: i + len(specials) for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(specials)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    vocab = backend.get_vocab_size()
+    (folder / "config.json").write_text(
+        json.dumps(
+            dict(
+                architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab, hidden_size=WIDTH, intermediate_size=MLP,
+                num_hidden_layers=DEPTH, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=WIDTH // HEADS,
+                rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, hidden_act="silu", max_position_embeddings=4096,
+                eos_token_id=backend.token_to_id("<|end|>"),
+            )
+        )
+    )
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32) / shape[-1] ** 0.5
+    tensors = {"model.embed_tokens.weight": draw(vocab, WIDTH), "model.norm.weight": np.ones(WIDTH, np.float32)}
+    kv = WIDTH // HEADS * KV_HEADS
+    for i in range(DEPTH):
+        layer = f"model.layers.{i}"
+        for name, shape in (("q", (WIDTH, WIDTH)), ("k", (kv, WIDTH)), ("v", (kv, WIDTH)), ("o", (WIDTH, WIDTH))):
+            tensors[f"{layer}.self_attn.{name}_proj.weight"] = draw(*shape)
+        for name, shape in (("gate", (MLP, WIDTH)), ("up", (MLP, WIDTH)), ("down", (WIDTH, MLP))):
+            tensors[f"{layer}.mlp.{name}_proj.weight"] = draw(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}.{name}.weight"] = np.ones(WIDTH, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def tiny_config(stage: int, llm: Path, **overrides):
+    """configs/stage1.py or stage2.py with a model of a few thousand parameters; overrides are dotted keys with '.' as '__'."""
+    config = (stage1 if stage == 1 else stage2).get_config("tiny")
+    config.model.llm = dict(path=str(llm), instruction="scenes", dtype="float32", max_prompt=160, max_new=160)
+    config.model.adapter.update(d_ctx=16, width=16, depth=1, heads=2, registers=2)
+    config.model.dit.update(width=24, mlp_width=32, heads=2, depth=2, patch=(1, 8, 8), text_len=164)
+    config.data.update(texts=6, height=16, width=16)
+    config.run.update(steps=4, batch_size=4, save_every=2, init_from="")
+    config.sample.update(height=16, width=16, steps=2, batch_size=4, count=4)
+    config.optim.warmup = 2
+    for name, value in overrides.items():
+        group, key = name.rsplit("__", 1)
+        target = config
+        for part in group.split("__"):
+            target = target[part]
+        target[key] = value
+    return config
