@@ -9,11 +9,14 @@
 (7) velocity loss     |v_hat - v|^2
 (8) data loss         |x_0_hat - x_0|^2 / max(t, 0.1)^2                    = (7) by (4) wherever t >= 0.1
 
-Sources: (1, 2) Liu et al. 2209.03003 and Lipman et al. 2210.02747; (5, 6) Esser et al. 2403.03206, sections 3.1 and 5.3.2.
+Sources: (1, 2) Liu et al. 2209.03003 and Lipman et al. 2210.02747; (5, 6) Esser et al. 2403.03206, 3.1 and 5.3.2.
 
-A network may predict v (`prediction="velocity"`, as Wan's published weights do) or x_0 (`prediction="data"`, easier in pixel space).
-Latents are `[B, F, H, W, C]`; everything below holds for any trailing axes. `t` is `[B]`.
+A network may predict v (`prediction="velocity"`, as Wan's published weights do) or x_0 (`prediction="data"`, easier in
+pixel space). Latents are `[B, F, H, W, C]`; everything below holds for any trailing axes. `t` is `[B]`.
 """
+
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +30,9 @@ TIME, NOISE, DROP = 0, 1, 2
 
 
 @typed
-def add_noise(x_0: Float[Array, "B *axes"], noise: Float[Array, "B *axes"], t: Float[Array, "B"]) -> Float[Array, "B *axes"]:
+def add_noise(
+    x_0: Float[Array, "B *axes"], noise: Float[Array, "B *axes"], t: Float[Array, "B"]
+) -> Float[Array, "B *axes"]:
     """(1): x_t."""
     t = _over(t, x_0)
     return (1 - t) * x_0 + t * noise
@@ -43,7 +48,7 @@ def velocity_target(x_0: Float[Array, "B *axes"], noise: Float[Array, "B *axes"]
 def to_velocity(
     output: Float[Array, "B *axes"], x_t: Float[Array, "B *axes"], t: Float[Array, "B"], prediction: str
 ) -> Float[Array, "B *axes"]:
-    """The velocity that a network's output implies, by (4) if it predicts data. Then t must be > 0: at 0 the result is not finite."""
+    """The velocity that a network's output implies, by (4) if it predicts data: not finite where t = 0."""
     _check(prediction)
     return output if prediction == "velocity" else (x_t - output) / _over(t, x_t)
 
@@ -89,7 +94,7 @@ def shift_time(t: Array, shift: float) -> Array:
 def sample_keys(key: Array, step: int | Int[Array, ""], index: Int[Array, "B"]) -> Array:
     """One key per sample, `fold_in(fold_in(key, step), index)`, from the sample's global index.
 
-    So a sample draws the same time, noise and drop however a batch is packed, cut into micro-batches or spread over devices.
+    So a sample draws the same time, noise and drop however a batch is packed, cut or spread over devices.
     """
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
@@ -113,7 +118,9 @@ def draw_drops(keys: Array, rate: float) -> Bool[Array, "B"]:
 
 
 def _normal(keys, stream, shape):
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)
+    # Drawn flat: XLA's CPU compiler takes seconds for the same bits in a shape of several axes.
+    flat = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (math.prod(shape),)))(keys)
+    return flat.reshape(-1, *shape)
 
 
 def _over(t, x):

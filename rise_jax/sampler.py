@@ -1,7 +1,8 @@
 """From noise to data: a table of times, a stepper and guidance, in one scan. Knows no model, no text and no file.
 
-A `velocity` is any function (x[B, ...], t[B]) -> dx/dt[B, ...] with the time direction of `flow`: t = 0 is data, t = 1 is noise.
+A `velocity` is any function (x[B, ...], t[B]) -> dx/dt[B, ...] in the time of `flow`.
 """
+
 from collections.abc import Callable
 
 import jax
@@ -26,11 +27,14 @@ def time_table(steps: int, shift: float = 1.0) -> Array:
 
 
 @typed
-def sample(velocity: Velocity, noise: Float[Array, "B *axes"], times: Float[Array, "n"], stepper: str) -> Float[Array, "B *axes"]:
+def sample(
+    velocity: Velocity, noise: Float[Array, "B *axes"], times: Float[Array, "n"], stepper: str
+) -> Float[Array, "B *axes"]:
     """Integrates dx/dt = velocity(x, t) from x = `noise` at times[0] down to times[-1].
 
-    'euler' is of first order and asks for n - 1 velocities. 'heun' (explicit trapezoid) is of second order and asks for 2n - 3: its
-    last step is an Euler step, so neither ever asks for the velocity at times[-1] = 0, where a predicted x_0 gives none.
+    'euler' is of first order and asks for n - 1 velocities. 'heun' (explicit trapezoid) is of second order and asks for
+    2n - 3: its last step is an Euler step, so neither ever asks for the velocity at times[-1] = 0, where a predicted
+    x_0 gives none.
 
     Raises:
       ValueError: unknown stepper.
@@ -52,8 +56,9 @@ def sample(velocity: Velocity, noise: Float[Array, "B *axes"], times: Float[Arra
 def guide(velocity: Velocity, scale: float) -> Velocity:
     """Classifier-free guidance: v_null + scale (v_cond - v_null), both from one batch of 2B.
 
-    `velocity` takes (x[2B, ...], t[2B]) and must condition rows 0 .. B-1 on the prompts and rows B .. 2B-1 on the null condition; the
-    result takes (x[B, ...], t[B]). Written so that scale 1 gives v_cond bit for bit. Source: Ho and Salimans 2207.12598, equation 6.
+    `velocity` takes (x[2B, ...], t[2B]) and must condition rows 0 .. B-1 on the prompts and rows B .. 2B-1 on the null
+    condition; the result takes (x[B, ...], t[B]). Written so that scale 1 gives v_cond bit for bit. Source: Ho and
+    Salimans 2207.12598, equation 6.
     """
 
     def guided(x, t):
@@ -65,12 +70,12 @@ def guide(velocity: Velocity, scale: float) -> Velocity:
 
 @typed
 def initial_noise(key: Array, index: Int[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
-    """[B, *shape] standard normal noise that depends on (key, index of the video) alone, never on how videos are batched."""
+    """[B, *shape] normal noise that depends on (key, index of the video) alone, never on how videos are batched."""
     return draw_noise(jax.vmap(lambda i: jax.random.fold_in(key, i))(index), shape)
 
 
 def _evaluations(times, stepper):
-    """The velocity evaluations in order: (time, step from the last start, whether it corrects the Euler step before it)."""
+    """The velocity evaluations in order: (time, step from the last start, does it correct the Euler step before it)."""
     now, after = times[:-1], times[1:]
     dt = after - now
     if stepper == "euler":

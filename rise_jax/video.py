@@ -153,7 +153,7 @@ class _Stream:
         if self._video.duration:
             return float(self._video.duration * self._video.time_base)
         if self._container.duration:
-            return self._container.duration / av.time_base
+            return self._container.duration / av.time_base - float(self._start * self._video.time_base)
         ends = [packet.pts + packet.duration for packet in self._container.demux(self._video) if packet.pts is not None]
         self._container.seek(0)  # a webm recorded live says no length; its packets do, without decoding
         return float((max(ends, default=0) - self._start) * self._video.time_base)

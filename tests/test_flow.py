@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rise_jax import flow
 
@@ -99,6 +100,13 @@ def test_draws_do_not_depend_on_how_the_batch_is_packed():
         np.testing.assert_array_equal(one[order], np.concatenate(pieces))
 
 
+def test_draws_do_not_depend_on_the_mesh():
+    key, index = jax.random.key(7), jnp.arange(100, 116)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(index, NamedSharding(mesh, PartitionSpec("data")))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(draws)(key, 4, spread), jax.jit(draws)(key, 4, index))
+
+
 def test_draws_depend_on_key_step_and_index():
     reference = draws(jax.random.key(0), 1, [1])
     for other in (draws(jax.random.key(1), 1, [1]), draws(jax.random.key(0), 2, [1]), draws(jax.random.key(0), 1, [2])):
@@ -114,7 +122,8 @@ def test_step_may_be_traced():
 
 def test_drawn_times_are_shifted():
     keys = flow.sample_keys(jax.random.key(0), 0, jnp.arange(50))
-    np.testing.assert_array_equal(flow.draw_times(keys, 0.3, 1.1, 3.0), flow.shift_time(flow.draw_times(keys, 0.3, 1.1), 3.0))
+    plain, shifted = flow.draw_times(keys, 0.3, 1.1), flow.draw_times(keys, 0.3, 1.1, 3.0)
+    np.testing.assert_array_equal(shifted, flow.shift_time(plain, 3.0))
 
 
 def test_draws_follow_their_distributions_independently():

@@ -339,6 +339,14 @@ def test_clip_times_of_a_window_that_just_fits():
         np.testing.assert_allclose(times, np.arange(17) / rate)
 
 
+@pytest.mark.parametrize("rate", [8, 23.976, 29.97, 30, 60])
+def test_clip_times_count_the_windows_of_media_of_any_rate(rate):
+    last = (16 + 6) / rate  # frames before the last one: 16 of the window and 6 to spare
+    starts = {round(clip_times(last, rate, 17, rate, np.random.default_rng(n))[0] * rate) for n in range(80)}
+    assert starts == set(range(7))
+    np.testing.assert_allclose(clip_times(last, rate, 17, rate, None)[0], 3 / rate)
+
+
 def test_resize_cover_crops_the_centre():
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, :20], picture[:, 20:40], picture[:, 40:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -164,7 +164,14 @@ def test_too_many_bad_clips_stop_the_run_and_say_how_to_go_on(load):
     assert all(f"clip {item}: is damaged" in message for item in (2, 7, 9))
     assert "quarantine.jsonl" in message
     assert "data.max_bad=0.06" in message
-    take(load(Numbered(50, bad=[2, 7, 9]), max_bad=0.06), 50)
+
+
+def test_the_limit_named_when_a_run_stops_is_enough_to_go_on(load):
+    with pytest.raises(RuntimeError) as caught:
+        take(load(Numbered(30, bad=[3])), 30)
+    named = float(str(caught.value).rsplit("data.max_bad=", 1)[1].rstrip("."))
+    assert 1 / 30 <= named < 0.04
+    take(load(Numbered(30, bad=[3]), max_bad=named), 30)
 
 
 def test_one_bad_clip_of_few_is_above_the_default_rate(load):

@@ -29,19 +29,20 @@ def gaussian_error(stepper, steps, shift=1.0):
 @pytest.mark.parametrize("stepper", sampler.STEPPERS)
 @pytest.mark.parametrize("steps", [1, 2, 20])
 def test_constant_field_is_exact_for_any_number_of_steps(stepper, steps):
-    noise, field = jax.random.normal(jax.random.key(0), (2, 2, 3, 3, 1)), jax.random.normal(jax.random.key(1), (2, 2, 3, 3, 1))
+    noise, field = jax.random.normal(jax.random.key(0), (2, 2, 2, 3, 3, 1))
     x_0 = sampler.sample(lambda x, t: field, noise, sampler.time_table(steps, 3.0), stepper)
     np.testing.assert_allclose(x_0, noise - field, atol=1e-6)
 
 
 def test_perfect_velocity_recovers_one_datum():
     x_0, noise = jnp.full((1, 4), 0.3), jax.random.normal(jax.random.key(0), (1, 4))
-    predict = lambda x, t: flow.to_velocity(jnp.broadcast_to(x_0, x.shape), x, t, "data")  # noqa: E731
-    np.testing.assert_allclose(sampler.sample(predict, noise, sampler.time_table(7), "euler"), x_0, atol=1e-6)
+    sampled = sampler.sample(lambda x, t: flow.to_velocity(x_0, x, t, "data"), noise, sampler.time_table(7), "euler")
+    np.testing.assert_allclose(sampled, x_0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("stepper", "shift", "limit"), [("euler", 1.0, 2e-2), ("euler", 3.0, 6e-2), ("heun", 1.0, 3e-4), ("heun", 3.0, 3e-3)]
+    ("stepper", "shift", "limit"),
+    [("euler", 1.0, 2e-2), ("euler", 3.0, 6e-2), ("heun", 1.0, 3e-4), ("heun", 3.0, 3e-3)],
 )
 def test_gaussian_converges_to_the_closed_form(stepper, shift, limit):
     assert gaussian_error(stepper, 128, shift) < limit
@@ -95,7 +96,8 @@ def two_conditions(x, t):
 def test_guidance(scale):
     x, t = jax.random.normal(jax.random.key(0), (3, 5)), jnp.array([0.1, 0.5, 0.9])
     conditional, null = jnp.sin(3 * x) + t[:, None], jnp.sin(7 * x) + t[:, None]
-    np.testing.assert_allclose(sampler.guide(two_conditions, scale)(x, t), null + scale * (conditional - null), atol=1e-5)
+    guided = sampler.guide(two_conditions, scale)(x, t)
+    np.testing.assert_allclose(guided, null + scale * (conditional - null), atol=1e-5)
 
 
 def test_guidance_of_scale_one_is_the_conditional_output_bit_for_bit():

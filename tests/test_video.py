@@ -263,12 +263,14 @@ def test_a_late_window_does_not_read_the_front(tmp_path):
 def damaged(tmp_path, name):
     whole = encode(tmp_path / "whole.mp4", np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3)).astype(np.uint8))
     front = encode(tmp_path / "front.mp4", grays(30), container={"movflags": "faststart"})
+    webm = encode(tmp_path / "whole.webm", grays(40), codec="libvpx-vp9")
     png, gif = io.BytesIO(), io.BytesIO()
     Image.fromarray(QUARTERS).save(png, "png")
     Image.fromarray(QUARTERS).save(gif, "gif", save_all=True, append_images=[Image.new("RGB", (32, 32))])
     content = {
         "no index.mp4": whole.read_bytes()[:-2000],
         "cut short.mp4": front.read_bytes()[:-400],
+        "cut short.webm": webm.read_bytes()[: webm.stat().st_size // 2],
         "text.mp4": b"this is no video at all",
         "empty.mp4": b"",
         "cut.png": png.getvalue()[:60],
@@ -279,9 +281,10 @@ def damaged(tmp_path, name):
     return tmp_path / name
 
 
-@pytest.mark.parametrize(
-    "name", ["no index.mp4", "cut short.mp4", "text.mp4", "empty.mp4", "cut.png", "bent.png", "cut.gif"]
-)
+DAMAGED = ["no index.mp4", "cut short.mp4", "cut short.webm", "text.mp4", "empty.mp4", "cut.png", "bent.png", "cut.gif"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_media_gives_a_reason(tmp_path, name):
     with pytest.raises(MediaError) as caught:
         read_video(damaged(tmp_path, name))
@@ -289,8 +292,29 @@ def test_damaged_media_gives_a_reason(tmp_path, name):
 
 
 def test_a_file_cut_short_says_where_it_ends(tmp_path):
-    with pytest.raises(MediaError, match=r"Invalid data|ends at [\d.]+ s, but its header says 3.00 s"):
-        read_video(damaged(tmp_path, "cut short.mp4"))
+    with pytest.raises(MediaError, match=r"ends at [\d.]+ s, but its header says 4.00 s"):
+        read_video(damaged(tmp_path, "cut short.webm"))
+
+
+def test_a_picture_that_ffmpeg_had_to_make_up_is_damage(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3)).astype(np.uint8)
+    path = encode(tmp_path / "a.mp4", noise, bf=0, g=50, crf=35)
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux() if packet.size][10]
+        start, end = packet.pos + packet.size // 2, packet.pos + packet.size
+    content = bytearray(path.read_bytes())
+    content[start:end] = b"\xff" * (end - start)
+    path.write_bytes(content)
+    assert len(read_at(path, np.arange(9) / 10)) == 9  # what comes before it is sound
+    with pytest.raises(MediaError, match=r"is damaged at 1.00 s"):
+        read_video(path)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("webm", "libvpx-vp9")])
+def test_times_count_from_the_first_frame(tmp_path, suffix, codec):
+    path = encode(tmp_path / f"a.{suffix}", grays(30), codec=codec, milliseconds=[*range(3000, 6000, 100)], g=5)
+    assert read_at(path, [0.0, 0.5, 1.5, 2.9]) == [0, 5, 15, 29]
+    assert read_at(path, [2.0, 2.5]) == [20, 25]
 
 
 def test_sound_alone_is_no_video(tmp_path):

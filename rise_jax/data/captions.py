@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rise_jax.data.attributes import DIGITS, STILL, Scene, Thing
+from rise_jax.data.sources import Text
 
-LANGUAGES = {"en": 0.58, "es": 0.14, "fr": 0.14, "de": 0.14}  # share of the prompts
+LANGUAGES = {"en": 0.70, "es": 0.10, "fr": 0.10, "de": 0.10}  # share of the prompts
 SHARE_DENSE = 0.15  # training prompts that are the long caption itself
 NAMES_BACKGROUND, NAMES_SIZE = 0.5, 0.4  # chance that a short prompt names it
 
@@ -32,7 +33,7 @@ _PHRASINGS = {
     ("en", "heldout"): _Phrasings(
         ("{a} travels {to}", "{n} sliding {to}", "{a} that moves {to}", "{a} is moving {to}", "{n} traveling {to}"),
         ("an image of {a}", "one sees {a}"),
-        (" in front of a {bg} background", " over a {bg} background", ", the background is {bg}"),
+        (" in front of a {bg} background", " over a {bg} background", " with a {bg} background"),
     ),
     ("es", "train"): _Phrasings(
         ("{a} se mueve {to}", "{n} se mueve {to}", "{a} va {to}", "{n} va {to}"),
@@ -82,16 +83,16 @@ _BACKGROUNDS = {
     "de": {"black": "schwarzem", "gray": "grauem", "white": "weißem"},
 }
 _COLOURS = {  # all nouns below are masculine in Spanish and French
-    "es": {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "purple": "morado"},
+    "es": {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "purple": "violeta"},
     "fr": {"red": "rouge", "green": "vert", "blue": "bleu", "yellow": "jaune", "purple": "violet"},
     "de": {"red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "purple": "violett"},  # stems
 }
 _NOUNS = {
-    "es": {"circle": "círculo", "square": "cuadrado", "triangle": "triángulo", "digit": "dígito"},
-    "fr": {"circle": "cercle", "square": "carré", "triangle": "triangle", "digit": "chiffre"},
-    "de": {"circle": "Kreis", "square": "Quadrat", "triangle": "Dreieck", "digit": "Ziffer"},
+    "es": {"circle": "círculo", "square": "cuadrado", "triangle": "triángulo", "digit": "número"},
+    "fr": {"circle": "cercle", "square": "carré", "triangle": "triangle", "digit": "numéro"},
+    "de": {"circle": "Kreis", "square": "Quadrat", "triangle": "Dreieck", "digit": "Nummer"},
 }
-_GERMAN_ENDING = {"Kreis": "er", "Quadrat": "es", "Dreieck": "es", "Ziffer": "e"}
+_GERMAN_ENDING = {"Kreis": "er", "Quadrat": "es", "Dreieck": "es", "Nummer": "e"}
 _CAPTION_ENDINGS = (" at a steady speed.", " at a constant speed.")
 
 
@@ -100,7 +101,7 @@ def noun_phrase(thing: Thing, language: str, with_size: bool) -> str:
     digit = thing.shape in DIGITS
     number = f" {thing.shape}" if digit else ""
     if language == "en":
-        return (f"{thing.size} " if with_size else "") + f"{thing.colour} {'digit' if digit else thing.shape}{number}"
+        return (f"{thing.size} " if with_size else "") + f"{thing.colour} {'number' if digit else thing.shape}{number}"
     noun = _NOUNS[language]["digit" if digit else thing.shape]
     colour = _COLOURS[language][thing.colour]
     if language == "de":
@@ -149,24 +150,36 @@ def _direction(thing, language, variant):
 
 
 def long_caption(scene: Scene, ending: int = 0) -> str:
-    """The detailed English caption of a scene; `ending` picks one of two closing phrases."""
-    words = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}
-    single = len(scene.things) == 1
-    background = f"a plain {scene.background} background"
-    if scene.things[0].direction == STILL:
-        things = " and ".join(f"a {noun_phrase(thing, 'en', single)}" for thing in scene.things)
-        return f"{things[0].upper()}{things[1:]} on {background}."
-    things = " and ".join(f"a {noun_phrase(t, 'en', single)} moves {words[t.direction]}" for t in scene.things)
-    return f"{things[0].upper()}{things[1:]} on {background}{_CAPTION_ENDINGS[ending % len(_CAPTION_ENDINGS)]}"
+    """The detailed English caption of a scene; the size only where `scene.asked` has it.
+
+    `ending` picks one of two closing phrases.
+    """
+    moving = scene.things[0].direction != STILL
+    phrases = [f"a {noun_phrase(thing, 'en', 'size' in scene.asked)}" for thing in scene.things]
+    if moving:
+        phrases = [f"{phrase} moves {thing.direction}" for phrase, thing in zip(phrases, scene.things)]
+    things = " and ".join(phrases)
+    close = _CAPTION_ENDINGS[ending % len(_CAPTION_ENDINGS)] if moving else "."
+    return f"{things[0].upper()}{things[1:]} on a plain {scene.background} background{close}"
 
 
-def write_texts(scene: Scene, split: str, rng: np.random.Generator) -> tuple[str, str, Scene]:
-    """(prompt, long caption, the scene with `asked` set to what the prompt names)."""
-    caption = long_caption(scene, int(rng.integers(len(_CAPTION_ENDINGS))))
+def write_text(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Text, Scene]:
+    """A text of the scene, and the scene with `asked` set to what its prompt names.
+
+    Prompts in other languages than English come without a long caption, for the LLM to write. A small LLM translates
+    badly but its states still tell the attributes apart, so training has to see the states that it will meet in use.
+    """
+    ending = int(rng.integers(len(_CAPTION_ENDINGS)))
     if split == "train" and rng.random() < SHARE_DENSE:
-        unsaid = {"size"} if len(scene.things) == 2 else set()
-        unsaid |= {"direction"} if scene.things[0].direction == STILL else set()
-        return caption, caption, replace(scene, asked=scene.asked - unsaid)
+        described = replace(scene, asked=_all_attributes(scene))
+        caption = long_caption(described, ending)
+        return Text(caption, caption), described
     language = str(rng.choice(list(LANGUAGES), p=list(LANGUAGES.values())))
     prompt, asked = short_prompt(scene, language, split, rng)
-    return prompt, caption, replace(scene, asked=asked)
+    described = replace(scene, asked=asked)
+    return Text(prompt, long_caption(described, ending) if language == "en" else None), described
+
+
+def _all_attributes(scene):
+    unsaid = {"size"} if len(scene.things) == 2 else set()
+    return scene.asked - unsaid - ({"direction"} if scene.things[0].direction == STILL else set())

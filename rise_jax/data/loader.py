@@ -3,6 +3,7 @@
 Batch i is a function of (seed, i): epoch e is permutation e of the items, and batches run across the edges of epochs.
 Row r of batch i is sample i * batch_size + r of the run; that number seeds what varies within the sample.
 """
+import contextlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ def make_loader(
     workers: int = 0,
     max_bad: float = 0.01,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches start_step, start_step + 1, ... without end.
+    """Batches start_step, start_step + 1, ... without end. Close it, or drop it, to stop its threads and processes.
 
     batch_size: rows over all processes; this process gets b = batch_size / process_count of them, consecutive ones.
     workers: processes that load ahead; 0 loads ahead in threads of this one.
@@ -118,10 +119,11 @@ class _LoadRows:
 
 
 def _set_bad_aside(batches: grain.IterDataset, quarantine: Quarantine) -> Iterator[dict[str, np.ndarray]]:
-    for batch in batches:
-        for path, reason, index in batch.pop("bad"):
-            quarantine.add(path, reason, index)
-        yield batch
+    with contextlib.closing(iter(batches)) as ahead:
+        for batch in ahead:
+            for path, reason, index in batch.pop("bad"):
+                quarantine.add(path, reason, index)
+            yield batch
 
 
 def _validate(clips, batch_size, seed, start_step, process_index, process_count, workers, max_bad):

@@ -2,7 +2,7 @@
 import numpy as np
 
 from rise_jax.data.attributes import Scene, SceneDealer
-from rise_jax.data.captions import write_texts
+from rise_jax.data.captions import write_text
 from rise_jax.data.drawing import render
 from rise_jax.data.sources import Sample, Text
 
@@ -57,9 +57,9 @@ def _compose(split, num_texts, moving, rng) -> tuple[list[Text], list[Scene]]:
     while len(written) < num_texts:
         scene = dealer.deal()
         for _ in range(20):  # repeated only for a text that exists already; images have the fewest
-            prompt, caption, asked_scene = write_texts(scene, split, rng)
-            if Text(prompt, caption) not in written:
-                written[Text(prompt, caption)] = asked_scene
+            text, described = write_text(scene, split, rng)
+            if text not in written:
+                written[text] = described
                 break
     return list(written), list(written.values())
 

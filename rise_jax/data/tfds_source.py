@@ -8,6 +8,8 @@ The dataset is stored as ArrayRecord (`file_format='array_record'`) and has the 
 
 Its split 'train' is used for training, 'validation' or else 'test' as held out.
 """
+from pathlib import Path
+
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
@@ -72,7 +74,7 @@ def _open(name: str, path: str | None, split: str):
     try:
         splits = tfds.data_source(name, data_dir=path, download=False)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"tfds:{name} is not in data.path={path}{nearest(name, tfds.list_builders())}") from error
+        raise ValueError(f"tfds:{name} is not in data.path={path}{nearest(name, _names(path))}") from error
     except NotImplementedError as error:  # tfds's reason says which file formats have random access
         raise ValueError(f"tfds:{name} in data.path={path} cannot be read: {error}") from error
     found = [name for name in SPLITS[split] if name in splits]
@@ -83,15 +85,20 @@ def _open(name: str, path: str | None, split: str):
     return f"tfds:{name}/{found[0]}", splits[found[0]]
 
 
+def _names(path: str | None) -> list[str]:
+    prepared = [entry.name for entry in Path(path).iterdir()] if path and Path(path).is_dir() else []
+    return prepared + tfds.list_builders(with_community_datasets=False)
+
+
 def _media(title: str, features: tfds.features.FeaturesDict, frames: int) -> str:
     """The name of the feature that holds the media, checked."""
     found = [name for name in MEDIA if name in features]
     if len(found) != 1:
-        raise ValueError(f"{title} needs one feature named video or image; its features: {', '.join(features)}")
+        raise ValueError(f"{title} needs one feature named video or image; its features: {', '.join(sorted(features))}")
     name = found[0]
     feature, rank = features[name], {"video": 4, "image": 3}[name]
     shape = tuple(feature.shape)
-    encoded = feature.np_dtype is np.object_ and shape == ()
+    encoded = np.dtype(feature.np_dtype).hasobject and shape == ()
     if not encoded and (feature.np_dtype != np.uint8 or len(shape) != rank or shape[-1] != 3):
         axes = "[T, H, W, 3]" if name == "video" else "[H, W, 3]"
         raise ValueError(
@@ -109,5 +116,5 @@ def _text(name: str, example: dict) -> Text:
         cells.setdefault("prompt", example["text"].decode())
     text = text_of(cells)
     if text is None:
-        raise ValueError(f"{name} has no text in prompt, caption or text; its features: {', '.join(example)}")
+        raise ValueError(f"{name} has no text in prompt, caption or text; its features: {', '.join(sorted(example))}")
     return text

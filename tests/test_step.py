@@ -1,0 +1,203 @@
+"""The step: what it may change, what it must not, and that packing, meshes and cached states change no number."""
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rise_jax.build import build_model
+from rise_jax.language import states_in_batch
+from rise_jax.optim import make_optimizer
+from rise_jax.sharding import batch_sharding, make_mesh, shardings
+from rise_jax.step import make_eval_step, make_train_step, new_state
+from rise_jax.trees import combine, named_leaves, partition, tree_sha256
+
+D_LLM, TOKENS, BATCH = 16, 5, 8
+SIZES = dict(
+    adapter=dict(kind="refiner", d_ctx=16, width=16, depth=1, heads=2, registers=2, time_cond="off"),
+    dit=dict(width=32, mlp_width=32, heads=4, depth=2, patch=(1, 4, 4), text_len=8, remat=False),
+    vae="pixels",
+    dtype="float32",
+    prediction="data",
+    shift=1.0,
+)
+RATES = dict(drop=0.25, time_mean=0.0, time_std=1.0, ema=0.9)
+
+
+def make(**changes):
+    return build_model(d_llm=D_LLM, states=states_in_batch, **(SIZES | changes))
+
+
+def make_batch(seed=0, frames=5, size=BATCH, step=0):
+    rng = np.random.default_rng(seed)
+    return dict(
+        video=rng.integers(0, 256, (size, frames, 8, 8, 3), dtype=np.uint8),
+        states=rng.normal(size=(size, TOKENS, D_LLM)).astype(np.float32),
+        states_mask=np.arange(TOKENS)[None] < rng.integers(1, TOKENS + 1, (size, 1)),
+        index=np.arange(size, dtype=np.int32),
+        weight=np.ones(size, np.float32),
+        step=np.int32(step),
+    )
+
+
+def unzeroed(params, seed=1):
+    """Zero-initialised output projections hide mistakes, so every leaf gets noise."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return unzeroed(model.init(jax.random.key(0)))
+
+
+def run(model, params, batch, patterns=(".",), optimizer=None, steps=1, key=0):
+    optimizer = optimizer or optax.sgd(0.1)
+    trainable, frozen = partition(params, list(patterns))
+    step = jax.jit(make_train_step(model, optimizer, **RATES))
+    state, metrics = new_state(trainable, optimizer), None
+    for i in range(steps):
+        state, metrics = step(state, {"params": frozen}, batch | {"step": np.int32(i)}, jax.random.key(key))
+    return state, metrics, frozen
+
+
+def close(a, b, scale):
+    """Promise of mesh invariance: max|a-b| <= 1e-5 max(max|leaf|, 1e-3 global max)."""
+    return np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1e-3 * scale)
+
+
+def assert_same_gradients(before, first, second):
+    moved = {name: np.asarray(leaf) - np.asarray(named_leaves(before)[name]) for name, leaf in named_leaves(first).items()}
+    other = {name: np.asarray(leaf) - np.asarray(named_leaves(before)[name]) for name, leaf in named_leaves(second).items()}
+    scale = max(np.abs(value).max() for value in moved.values())
+    assert scale > 0
+    # one fp32 rounding of the parameter itself, which the difference above carries
+    rounding = {name: 2e-7 * np.abs(np.asarray(leaf)).max() for name, leaf in named_leaves(before).items()}
+    bad = [n for n in moved if not close(moved[n], other[n], scale) and np.abs(moved[n] - other[n]).max() > rounding[n]]
+    assert not bad, bad
+
+
+def test_every_leaf_is_trained_and_only_those_chosen_move(model, params):
+    state, _, _ = run(model, params, make_batch())
+    still = [name for name, leaf in named_leaves(state.params).items() if np.array_equal(leaf, named_leaves(params)[name])]
+    # Adding one vector to all keys adds one number to a query's scores: softmax takes it out, so that bias has no gradient.
+    # In the DiT the norm behind the key projection gives it one.
+    assert still in ([], ["adapter/blocks/self_attn/key/bias"])
+    pattern = r"^adapter/|cross_attn/(key|value)/"
+    state, _, frozen = run(model, params, make_batch(), [pattern], steps=3)
+    assert set(named_leaves(state.params)) == {name for name in named_leaves(params) if re.search(pattern, name)}
+    assert tree_sha256(combine(frozen, state.params)) != tree_sha256(params)
+    assert tree_sha256(frozen) == tree_sha256(partition(params, pattern)[1])
+
+
+def test_zero_weight_clips_change_nothing(model, params):
+    batch = make_batch()
+    batch["weight"][[2, 5]] = 0
+    first, _, _ = run(model, params, batch)
+    batch["video"][[2, 5]] = 7
+    second, _, _ = run(model, params, batch)
+    assert tree_sha256(first.params) == tree_sha256(second.params)
+
+
+def test_a_sample_draws_the_same_noise_in_any_batch(model, params):
+    """The mean over a batch equals the mean over its halves: the draws follow the sample's index, not its row."""
+    batch = make_batch()
+    loss = lambda rows: float(run(model, params, {k: v[rows] if np.ndim(v) else v for k, v in batch.items()})[1]["loss"])
+    whole = loss(np.arange(8))
+    np.testing.assert_allclose(whole, (loss(np.arange(4)) + loss(np.arange(4, 8))) / 2, rtol=1e-6)
+    np.testing.assert_allclose(whole, loss(np.arange(8)[::-1].copy()), rtol=1e-6)
+
+
+def test_padding_behind_the_tokens_changes_nothing(model, params):
+    batch = make_batch()
+    longer = dict(batch)
+    longer["states"] = np.concatenate([batch["states"], np.full((BATCH, 1, D_LLM), 1e4, np.float32)], 1)
+    longer["states_mask"] = np.concatenate([batch["states_mask"], np.zeros((BATCH, 1), bool)], 1)
+    np.testing.assert_allclose(run(model, params, batch)[1]["loss"], run(model, params, longer)[1]["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("poison", ["states", "loss_overflow"])
+def test_a_non_finite_step_changes_nothing_and_blocks_the_next(model, params, poison):
+    optimizer = optax.adam(1e-2)
+    state = new_state(params, optimizer)
+    step = jax.jit(make_train_step(model, optimizer, **RATES))
+    before = tree_sha256(state)
+    bad = make_batch(step=0)
+    bad["states"][1] = np.nan if poison == "states" else 0
+    if poison == "loss_overflow":
+        bad["weight"][1] = np.inf
+    state, metrics = step(state, {"params": {}}, bad, jax.random.key(0))
+    assert not metrics["finite"]
+    state, metrics = step(state, {"params": {}}, make_batch(step=1), jax.random.key(0))
+    assert metrics["finite"] and tree_sha256(state) == before
+
+
+@pytest.mark.parametrize("kind", ["refiner", "resampler", "mlp"])
+@pytest.mark.parametrize("time_cond", ["off", "adaln"])
+def test_every_adapter_kind_trains(kind, time_cond):
+    sizes = dict(SIZES["adapter"], kind=kind, time_cond=time_cond) | (dict(latents=4) if kind == "resampler" else {})
+    sizes = {k: v for k, v in sizes.items() if kind != "mlp" or k not in ("depth", "heads")}
+    model = make(adapter=sizes)
+    _, metrics, _ = run(model, unzeroed(model.init(jax.random.key(0))), make_batch())
+    assert metrics["finite"] and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2)])
+def test_every_mesh_gives_the_same_loss_and_gradients(model, params, sizes):
+    batch = make_batch()
+    one, one_metrics, _ = run(model, params, batch, steps=1)
+    mesh = make_mesh(*sizes)
+    optimizer = optax.sgd(0.1)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(params, mesh))
+        state = new_state(placed, optimizer)
+        rows = {k: jax.device_put(v, batch_sharding(mesh)) if np.ndim(v) else v for k, v in batch.items()}
+        step = jax.jit(make_train_step(model, optimizer, **RATES))
+        many, metrics = step(state, {"params": {}}, rows, jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss"], one_metrics["loss"], rtol=1e-5)
+    assert_same_gradients(params, one.params, many.params)
+
+
+def test_the_null_condition_is_what_a_dropped_prompt_gets(model, params):
+    """With every condition dropped, the states cannot matter; with none dropped, they do."""
+    other = make_batch()
+    other["states"] = other["states"][::-1].copy()
+    for drop, equal in ((1.0, True), (0.0, False)):
+        step = jax.jit(make_train_step(model, optax.sgd(0.1), **(RATES | {"drop": drop})))
+        losses = [
+            float(step(new_state(params, optax.sgd(0.1)), {"params": {}}, batch, jax.random.key(0))[1]["loss"])
+            for batch in (make_batch(), other)
+        ]
+        assert (losses[0] == losses[1]) == equal
+
+
+def test_it_learns_64_samples_and_uses_the_condition(model):
+    """The loss falls far below the null condition's, and another sample's states raise it again."""
+    optimizer = make_optimizer(3e-3, warmup=10)
+    batch = make_batch(frames=1, size=64)
+    colours = np.random.default_rng(5).integers(0, 256, (64, 1, 1, 1, 3), dtype=np.uint8)
+    batch["video"] = np.broadcast_to(colours, batch["video"].shape).copy()
+    batch["states"] = np.broadcast_to(np.random.default_rng(6).normal(size=(64, 1, D_LLM)), (64, TOKENS, D_LLM)).astype(np.float32)
+    state = new_state(model.init(jax.random.key(0)), optimizer)
+    step = jax.jit(make_train_step(model, optimizer, drop=0.1, time_mean=1.0, time_std=1.0, ema=0.9))
+    for i in range(400):
+        state, _ = step(state, {"params": {}}, batch | {"step": np.int32(i)}, jax.random.key(0))
+    evaluate = jax.jit(make_eval_step(model), static_argnums=3)
+    losses = lambda states: float(evaluate(state.params, {"params": {}}, batch | {"states": states}, (0.9,), jax.random.key(1)).mean())
+    true, shuffled = losses(batch["states"]), losses(np.roll(batch["states"], 1, 0))
+    assert true < 0.5 * shuffled
+
+
+def test_bfloat16_compute_stays_close_and_keeps_float32_parameters(model, params):
+    half = make(dtype="bfloat16")
+    state, metrics, _ = run(half, params, make_batch())
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(metrics["loss"], run(model, params, make_batch())[1]["loss"], rtol=2e-2)
