@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from rise_jax.models.llm import LLMConfig, attend, make_llm, rope_angles, rotate
-from rise_jax.weights import LoadedLLM
 from tests import llama
 
 REFERENCE = Path(__file__).parent / "fixtures" / "smollm2_reference.npz"  # 'a cat running', transformers + torch, fp32
@@ -30,8 +29,10 @@ def test_smollm2_agrees_with_the_reference_in_every_layer():
     reference = np.load(REFERENCE)
     states, logits = llama.run(llama.smollm2(), reference["input_ids"][None])
     np.testing.assert_allclose(logits[0], reference["logits"], atol=1e-3, rtol=0)
-    # The residual reaches 2.7e4, where one unit in the last place of fp32 is 2e-3: such states are held to 1e-6 of their size.
-    np.testing.assert_allclose(states[:, 0], reference["hidden_states"], atol=1e-3, rtol=1e-6)
+    # The residual reaches 2.7e4, where one unit in the last place of fp32 is 2e-3: large states are held by relative error.
+    np.testing.assert_allclose(states[:, 0], reference["hidden_states"], atol=1e-3, rtol=1e-5)
+    for found, expected in zip(states[:, 0], reference["hidden_states"]):
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_smollm2_in_bf16_stays_near_the_reference():
@@ -154,4 +155,3 @@ def test_untied_logits_use_their_own_matrix():
     model = random_model(LLMConfig(50, 24, 40, 1, 6, 2, 8, tied=False))
     states = random(2, 3, 24)
     np.testing.assert_allclose(model.logits(states), states @ model.head.kernel[...], atol=1e-5)
-    assert isinstance(llama.smollm2(), LoadedLLM) and llama.smollm2().config.tied

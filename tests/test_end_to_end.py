@@ -1,0 +1,204 @@
+"""The whole program through its command line: train in two stages, be killed, resume, generate, evaluate."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_config, write_llm
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return write_llm(tmp_path_factory.mktemp("llm"))
+
+
+def command(stage: int, llm: Path, workdir: Path, *extra: str, mode: str = "train") -> list[str]:
+    """main.py with the config of tests/tiny.py spelled as flags."""
+    config = tiny_config(stage, llm)
+    small = {
+        "model.llm": ("path", "max_prompt", "max_new"),
+        "model.adapter": ("d_ctx", "width", "depth", "heads", "registers"),
+        "model.dit": ("width", "mlp_width", "heads", "depth", "patch", "text_len"),
+        "data": ("texts", "height", "width"),
+        "run": ("steps", "batch_size", "save_every", "init_from"),
+        "sample": ("height", "width", "steps", "batch_size", "count"),
+        "optim": ("warmup",),
+    }
+    flags = []
+    for group, names in small.items():
+        node = config
+        for part in group.split("."):
+            node = node[part]
+        flags += [f"--config.{group}.{name}={node[name]}" for name in names]
+    return [sys.executable, "main.py", f"--config=configs/stage{stage}.py", f"--workdir={workdir}", f"--mode={mode}", *flags, *extra]
+
+
+def environment() -> dict:
+    return os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(Path("/tmp") / f"rise_jax_test_cache_{os.getuid()}"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+
+
+def run(*args, expect: int = 0, **kwargs) -> str:
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def summary(workdir: Path) -> dict:
+    return json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def stage1_run(llm, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "stage1"
+    run(1, llm, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stage2_run(llm, stage1_run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "stage2"
+    run(2, llm, workdir, f"--config.run.init_from={stage1_run}")
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(stage1_run):
+    lines = [json.loads(line) for line in (stage1_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    left = summary(stage1_run)
+    assert left["steps"] == 4 and len(left["params_sha256"]) == len(left["ema_sha256"]) == 64
+    assert left["params_sha256"] != left["ema_sha256"]
+    assert list((stage1_run / "tensorboard").iterdir())
+
+
+def test_stage_2_starts_from_stage_1(stage2_run):
+    meta = json.loads(next((stage2_run / "checkpoints" / "4" / "meta").glob("metadata")).read_text())["meta"]
+    assert set(origin.split()[0] for origin in meta["provenance"].values()) == {"run"}
+
+
+def test_a_finished_run_says_so_and_changes_nothing(llm, stage1_run):
+    before = summary(stage1_run)
+    assert "is finished" in run(1, llm, stage1_run)
+    assert summary(stage1_run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_killed_run_continues_bit_for_bit(stage, llm, stage1_run, stage2_run, tmp_path):
+    """kill -9 after the first checkpoint, the same command again: the end is that of an undisturbed run."""
+    undisturbed = stage1_run if stage == 1 else stage2_run
+    extra = [] if stage == 1 else [f"--config.run.init_from={stage1_run}"]
+    process = subprocess.Popen(command(stage, llm, tmp_path / "run", *extra), cwd=ROOT, env=environment(), start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run" / "checkpoints" / "2").is_dir():
+        assert time.monotonic() < deadline and process.poll() in (None, 0)
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run(stage, llm, tmp_path / "run", *extra)
+    for name in ("params_sha256", "ema_sha256", "steps"):
+        assert summary(tmp_path / "run")[name] == summary(undisturbed)[name]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_continues(llm, stage1_run, tmp_path):
+    process = subprocess.Popen(
+        command(1, llm, tmp_path / "run", "--config.run.save_every=1000"), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 75 and "stopped by SIGTERM after step" in output
+    run(1, llm, tmp_path / "run", "--config.run.save_every=1000")
+    assert summary(tmp_path / "run")["params_sha256"] == summary(stage1_run)["params_sha256"]
+
+
+def test_longer_repeats_shorter_and_goes_on(llm, stage1_run, tmp_path):
+    """2 steps, then 4 in the same workdir, equal 4 at once: nothing depends on run.steps."""
+    run(1, llm, tmp_path / "run", "--config.run.steps=2")
+    run(1, llm, tmp_path / "run")
+    assert summary(tmp_path / "run")["params_sha256"] == summary(stage1_run)["params_sha256"]
+
+
+def test_states_computed_in_the_step_give_the_same_training(llm, stage1_run, tmp_path):
+    run(1, llm, tmp_path / "run", "--config.data.states=in_step")
+    losses = [
+        [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        for workdir in (stage1_run, tmp_path / "run")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_generate_writes_videos_texts_and_a_sheet(llm, stage2_run):
+    run(2, llm, stage2_run, "--config.sample.prompts=a red circle||un cuadrado azul", mode="generate")
+    folder = stage2_run / "samples"
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["a red circle", "un cuadrado azul"]
+    assert [record["seed"] for record in records] == [0, 1] and all("rephrased" in record for record in records)
+    with av.open(str(folder / "000.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 9
+    assert Image.open(folder / "contact_sheet.png").width > 300
+
+
+def test_one_frame_becomes_a_png(llm, stage1_run):
+    run(1, llm, stage1_run, "--config.sample.prompts=a red circle", mode="generate")
+    assert Image.open(stage1_run / "samples" / "000.png").size == (16, 16)
+
+
+def test_evaluate_scores_held_out_prompts(llm, stage2_run):
+    run(2, llm, stage2_run, mode="evaluate")
+    result = json.loads((stage2_run / "evaluation.json").read_text())
+    assert result["prompts"] == 4
+    for name in ("attribute_accuracy", "shuffled", "zeroed", "kept_by_rephrasing"):
+        assert {"colour", "shape", "direction", "count", "all"} <= set(result[name])
+    assert len(result["heldout_loss"]["true"]) == len(result["heldout_loss"]["times"])
+    assert (stage2_run / "evaluation.png").exists()
+
+
+def test_another_config_in_the_same_workdir_is_refused(llm, stage1_run):
+    output = run(1, llm, stage1_run, "--config.optim.drop=0.2", expect=1)
+    assert "optim.drop: 0.1 -> 0.2" in output
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.run.stpes=3", "steps"),
+        ("--config.data.source=foldr", "nearest: folder"),
+        ("--config.data.frames=4", "nearest: 5"),
+        ("--config.model.trainable=('^adaptor/',)", "'^adaptor/' matches no parameter"),
+        ("--config.model.trainable=('^adapter/',)", "frozen parameters come from random initialisation"),
+        ("--config.model.llm.path=/nowhere", "/nowhere"),
+        ("--config.run.init_from=/nowhere", "/nowhere"),
+    ],
+)
+def test_mistakes_are_answered_with_words(flag, message, llm, tmp_path):
+    assert message in run(1, llm, tmp_path / "run", flag, expect=1)
+
+
+def test_an_unwritable_workdir_is_named(llm):
+    assert "/sys/rise" in run(1, llm, Path("/sys/rise"), expect=1)
+
+
+def test_an_empty_prompt_and_a_long_one_are_refused(llm, stage1_run):
+    assert "no prompt given" in run(1, llm, stage1_run, mode="generate", expect=1)
+    output = run(1, llm, stage1_run, f"--config.sample.prompts={'word ' * 100}", mode="generate", expect=1)
+    assert "at most 160" in output

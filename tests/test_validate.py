@@ -1,0 +1,48 @@
+"""Bad configs: every fault is named with its value and the nearest valid choice, before anything compiles."""
+import pytest
+from tiny import tiny_config
+
+from configs import stage1
+from rise_jax.validate import validate
+
+FAULTS = {
+    "data__frames": (6, "data.frames=6 is not 4n+1; nearest: 5"),
+    "data__height": (20, "data.height=20 is not a multiple of the patch times the VAE's stride, 8 x 1; nearest: 16"),
+    "sample__width": (9, "sample.width=9 .*nearest: 8"),
+    "model__dit__width": (25, "model.dit.width=25 is not a multiple of model.dit.heads=2; nearest: 24"),
+    "model__dit__heads": (8, "odd head width 3"),
+    "model__adapter__width": (17, "model.adapter.width=17 is not a multiple of model.adapter.heads=2; nearest: 16"),
+    "model__dit__text_len": (100, "text_len=100 cannot hold 2 registers and 160 tokens; nearest: 162"),
+    "model__dit__patch": ((2, 8, 8), "time patch must be 1"),
+    "model__adapter__kind": ("refinr", "model.adapter.kind='refinr' is unknown .nearest: refiner"),
+    "model__prediction": ("noise", "valid: velocity, data"),
+    "model__dtype": ("float16", "nearest: float32|nearest: bfloat16"),
+    "data__states": ("cache", "nearest: cached"),
+    "sample__stepper": ("eular", "nearest: euler"),
+    "run__steps": (0, "run.steps=0 must be at least 1"),
+    "optim__drop": (1.5, r"optim.drop=1.5 must lie in \[0, 1\]; nearest: 1"),
+    "data__fps": (0.0, "data.fps=0.0 must be above 0"),
+    "sample__seed": (-1, "sample.seed=-1"),
+}
+
+
+@pytest.mark.parametrize("key", FAULTS)
+def test_a_fault_is_named_with_the_nearest_choice(key, tmp_path):
+    value, message = FAULTS[key]
+    with pytest.raises(ValueError, match=message):
+        validate(tiny_config(1, tmp_path, **{key: value}))
+
+
+def test_all_faults_are_named_at_once(tmp_path):
+    with pytest.raises(ValueError, match="(?s)data.frames=3.*data.height=20|data.height=20.*data.frames=3"):
+        validate(tiny_config(1, tmp_path, data__frames=3, data__height=20))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_the_shipped_presets_are_valid(preset):
+    validate(stage1.get_config(preset))
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="'tinny': did you mean 'tiny'"):
+        stage1.get_config("tinny")
