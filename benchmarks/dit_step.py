@@ -1,4 +1,4 @@
-"""One training step (forward, backward, MSE loss) of a small video DiT: this project against diffusers' WanTransformer3DModel.
+"""One training step (forward, backward, MSE loss) of a small video DiT, against diffusers' WanTransformer3DModel.
 
     python benchmarks/dit_step.py [--rounds 12]
 
@@ -6,7 +6,6 @@ Same sizes, same cores, fp32, steps interleaved; medians. Aim: a ratio of at mos
 """
 
 import argparse
-import statistics
 import time
 
 import jax
@@ -24,13 +23,12 @@ PATCH, LATENTS = (1, 2, 2), (4, 16, 16)  # latent frames, height, width: 256 tok
 BATCH = 4
 
 
-def inputs() -> tuple[np.ndarray, ...]:
-    """latents, t in [0, 1], context, target"""
+def make_inputs() -> tuple[np.ndarray, ...]:
+    """latents, context, target, t in [0, 1]"""
     rng = np.random.default_rng(0)
     shape = (BATCH, *LATENTS, CHANNELS)
-    return tuple(rng.normal(size=size).astype("f4") for size in (shape, (BATCH, TEXT_LEN, D_CTX), shape)) + (
-        rng.uniform(size=BATCH).astype("f4"),
-    )
+    latents, context, target = (rng.normal(size=s).astype("f4") for s in (shape, (BATCH, TEXT_LEN, D_CTX), shape))
+    return latents, context, target, rng.uniform(size=BATCH).astype("f4")
 
 
 def make_ours(latents, context, target, t):
@@ -92,25 +90,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each, interleaved (default: 12)")
     rounds = parser.parse_args().rounds
-    data = inputs()
+    data = make_inputs()
     ours, our_size = make_ours(*data)
     theirs, their_size = make_theirs(*data)
     assert our_size == their_size, f"not the same model: {our_size} and {their_size} parameters"
     for step in (ours, theirs) * 2:  # compile, warm up
         step()
     times = np.array([(seconds(ours), seconds(theirs)) for _ in range(rounds)])
-    tokens = BATCH * int(np.prod(LATENTS)) // int(np.prod(PATCH))
-    print(
-        f"{our_size / 1e6:.1f} M parameters, batch {BATCH}, {tokens // BATCH} tokens each, fp32, {jax.default_backend()}"
-    )
+    medians, fastest = np.median(times, axis=0), times.min(axis=0)
+
+    tokens = int(np.prod(LATENTS)) // int(np.prod(PATCH))
+    print(f"{our_size / 1e6:.1f} M parameters, batch {BATCH}, {tokens} tokens each, fp32, {jax.default_backend()}")
     print(f"jax {jax.__version__}, torch {torch.__version__} ({torch.get_num_threads()} threads), {rounds} rounds")
     print(f"{'':12}{'median s':>10}{'fastest s':>11}{'tokens/s':>10}")
-    for name, column in zip(("rise_jax", "diffusers"), times.T):
-        median = statistics.median(column)
-        print(f"{name:12}{median:10.3f}{column.min():11.3f}{tokens / median:10.0f}")
-    print(
-        f"ratio of medians, rise_jax / diffusers: {np.median(times[:, 0]) / np.median(times[:, 1]):.2f} (aim: <= 1.1)"
-    )
+    for name, median, best in zip(("rise_jax", "diffusers"), medians, fastest):
+        print(f"{name:12}{median:10.3f}{best:11.3f}{BATCH * tokens / median:10.0f}")
+    print(f"ratio of medians, rise_jax / diffusers: {medians[0] / medians[1]:.2f} (aim: <= 1.1)")
 
 
 if __name__ == "__main__":

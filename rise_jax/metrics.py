@@ -63,8 +63,9 @@ def attributes_in_text(text: str) -> Reading:
     background = "none"
     before, things = {}, []
     for place, word in enumerate(words):
-        if word in BACKGROUNDS and words[place + 1:place + 2] in (["background"], ["backdrop"]):
-            background = word
+        if word in BACKGROUNDS:
+            near = words[max(place - 2, 0) : place + 2]
+            background = word if {"background", "backdrop"} & set(near) else background
         elif word in COLOURS:
             before["colour"] = word
         elif word in SIZES:

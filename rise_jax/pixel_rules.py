@@ -73,10 +73,8 @@ def _separate(inks):
     candidates = []
     for colour, ink in inks.items():
         labels, count = _blobs(ink)
-        if count == 0:
-            continue
         candidates += [(colour, np.where(labels == k, ink, 0)) for k in range(1, count + 1)]
-    areas = [np.median((mask > 0.5).sum((1, 2))) for _, mask in candidates]
+    areas = [(mask > 0.5).sum((1, 2)).mean() for _, mask in candidates]
     order = sorted(range(len(candidates)), key=lambda i: -areas[i])
     least = max(_MIN_AREA * next(iter(inks.values()))[0].size, _MIN_SHARE * max(areas, default=0))
     return [candidates[i] for i in order if areas[i] >= least]
@@ -84,7 +82,8 @@ def _separate(inks):
 
 def _blobs(ink):
     """Labels of blobs connected in space and time: things of one colour in separate lanes never touch."""
-    solid = ndimage.binary_dilation(ink > 0.5, np.ones((1, 3, 3)))  # closes gaps of a pixel in thin strokes
+    reach = 2 * max(1, round(0.03 * min(ink.shape[1:]))) + 1  # closes gaps in thin strokes, and between frames in 5
+    solid = ndimage.binary_dilation(ink > 0.5, np.ones((1, reach, reach)))
     return ndimage.label(solid, np.ones((3, 3, 3)))
 
 

@@ -82,7 +82,7 @@ def rephrase(
 
     def step(carry, i):
         picked, key, value = carry
-        generated = Past(key, value, jnp.broadcast_to(jnp.arange(max_new - 1) < i, (1, max_new - 1)))
+        generated = Past(key, value, (jnp.arange(max_new) < i)[None])
         past = (prefix, prompt, generated)
         read = lambda: _read_one(model, picked.token, start + i, past)
         # Once every row has ended nothing is read any more; the caches stay out of the branch, which would copy them.
@@ -94,7 +94,7 @@ def rephrase(
         return (following, key, value), following.emitted
 
     depth, batch, kv_heads, _, width = prompt.key.shape
-    empty = jnp.zeros((depth, batch, kv_heads, max_new - 1, width), prompt.key.dtype)
+    empty = jnp.zeros((depth, batch, kv_heads, max_new, width), prompt.key.dtype)
     _, rest = jax.lax.scan(step, (first, empty, empty), jnp.arange(max_new - 1))
     return Rephrased(*(jnp.concatenate([a[None], b]).swapaxes(0, 1) for a, b in zip(first.emitted, rest)))
 

@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type (GGUF specification, "Tokenizer")
+GGUF_TOKENIZER = [f"tokenizer.ggml.{key}" for key in ("tokens", "token_type", "merges", "eos_token_id")]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Tokenizer:
                 f"the GGUF file has tokenizer.ggml.model={kind[0]!r}, pre={kind[1]!r}; only 'gpt2' with 'smollm' is known for GGUF: "
                 "use the model's Hugging Face folder (config.json, *.safetensors, tokenizer) instead"
             )
+        missing = [key for key in GGUF_TOKENIZER if key not in fields]
+        if missing:
+            raise ValueError(f"the GGUF file's header lacks {', '.join(missing)}: it holds no complete tokenizer")
         words = fields["tokenizer.ggml.tokens"]
         merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
         backend = tokenizers.Tokenizer(tokenizers.models.BPE({word: id for id, word in enumerate(words)}, merges))
@@ -119,7 +123,8 @@ class Instruction:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no instruction file at {path}")
-        rule, marked = [], []
+        rule: list[str] = []
+        marked: list[tuple[str, str]] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             mark, _, text = (part.strip() for part in line.partition(":"))
             if mark in ("prompt", "caption"):
@@ -131,7 +136,7 @@ class Instruction:
         if not rule:
             raise ValueError(f"{path}, line 1: the file must open with the rule that the model is to follow")
         if marked and marked[-1][0] == "prompt":
-            raise ValueError(f"{path}, last line: the last 'prompt:' has no 'caption:'")
+            raise ValueError(f"{path}, line {number}: 'prompt:' has no 'caption:'")
         texts = [text for _, text in marked]
         return cls("\n".join(rule), tuple(zip(texts[::2], texts[1::2])))
 

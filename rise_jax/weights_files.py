@@ -36,20 +36,20 @@ class GGUFFile:
         architecture = self._fields.get("general.architecture")
         if architecture != "llama":
             raise ValueError(f"{self.path}: architecture {architecture!r} is not supported; known: 'llama'")
-        width, heads = self._field("embedding_length"), self._field("attention.head_count")
-        scaling = self._fields.get("llama.rope.scaling.type", "none")
+        width, heads = self._field("llama.embedding_length"), self._field("llama.attention.head_count")
+        scaling = self._field("llama.rope.scaling.type", "none")
         if scaling != "none":
             raise ValueError(f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported")
         return LLMConfig(
-            vocab=len(self._fields["tokenizer.ggml.tokens"]),
+            vocab=len(self._field("tokenizer.ggml.tokens")),
             width=width,
-            mlp_width=self._field("feed_forward_length"),
-            depth=self._field("block_count"),
+            mlp_width=self._field("llama.feed_forward_length"),
+            depth=self._field("llama.block_count"),
             heads=heads,
-            kv_heads=self._field("attention.head_count_kv", heads),
-            head_width=self._field("rope.dimension_count", width // heads),
-            rope_base=self._field("rope.freq_base", 10_000.0),
-            norm_eps=self._field("attention.layer_norm_rms_epsilon"),
+            kv_heads=self._field("llama.attention.head_count_kv", heads),
+            head_width=self._field("llama.rope.dimension_count", width // heads),
+            rope_base=self._field("llama.rope.freq_base", 10_000.0),
+            norm_eps=self._field("llama.attention.layer_norm_rms_epsilon"),
             tied="output.weight" not in self.names,
         )
 
@@ -65,9 +65,9 @@ class GGUFFile:
         return _sha256([self.path])
 
     def _field(self, key: str, default=None):
-        value = self._fields.get(f"llama.{key}", default)
+        value = self._fields.get(key, default)
         if value is None:
-            raise ValueError(f"{self.path}: the header lacks llama.{key}")
+            raise ValueError(f"{self.path}: the header lacks {key}")
         return value
 
 

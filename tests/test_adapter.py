@@ -113,6 +113,11 @@ def test_shapes_and_null(kind):
         np.testing.assert_array_equal(context_mask[:, 3:], mask)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_row_of_sizes_serves_every_kind(kind):
+    assert counted(kind, d_llm=D_LLM, d_ctx=D_CTX, width=WIDTH, depth=2, heads=2, registers=4, time_cond="off") > 0
+
+
 # ---- masks, batch, padding ----
 
 

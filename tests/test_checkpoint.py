@@ -193,6 +193,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_path_and_reason_and_spares_the_last_good_one(tmp_path):
     process = python(FULL_DISK, tmp_path)
     output, errors = process.communicate(timeout=120)
@@ -212,6 +213,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_saving_leaves_the_last_good_one(tmp_path):
     """Kills a process that only saves, at random moments; what is restored is always, bit for bit, a state it saved."""
     rng, newest = random.Random(0), 0

@@ -31,8 +31,9 @@ def test_smollm2_agrees_with_the_reference_in_every_layer():
     np.testing.assert_allclose(logits[0], reference["logits"], atol=1e-3, rtol=0)
     # The residual reaches 2.7e4, where one unit in the last place of fp32 is 2e-3: large states are held by relative error.
     np.testing.assert_allclose(states[:, 0], reference["hidden_states"], atol=1e-3, rtol=1e-5)
-    for found, expected in zip(states[:, 0], reference["hidden_states"]):
-        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    largest = np.abs(reference["hidden_states"]) > 1e3
+    assert largest.any()
+    np.testing.assert_allclose(states[:, 0][largest], reference["hidden_states"][largest], rtol=1e-6)
 
 
 def test_smollm2_in_bf16_stays_near_the_reference():

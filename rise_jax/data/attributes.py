@@ -19,6 +19,7 @@ COLOURS = {  # RGB, [0, 255]; pairwise at least 120 apart, so that blurred pixel
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
 SIZES = {"small": (0.34, 0.38), "large": (0.52, 0.57)}  # range of the diameter, as a fraction of the frame's shorter side
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # steps along (height, width)
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 STILL = "still"  # the direction of things in images
 TWO_THINGS = 0.25  # share of the scenes
 WITH_DIGIT = 0.30  # share of the scenes, one- and two-thing scenes alike
@@ -38,7 +39,7 @@ class Thing:
 class Scene:
     """One or two things of different colours on a background.
 
-    Of two things the first moves in the upper or left half, the second in the lower or right half.
+    Two things pass each other in opposite directions: the first in the upper or left half, the second in the other.
     `asked` lists the attributes that the prompt names: colour, shape, count always, direction in videos, sometimes
     background and size.
     """
@@ -78,7 +79,7 @@ class SceneDealer:
         combinations = [c for c in product(SHAPES + DIGITS, COLOURS, DIRECTIONS) if is_held_out(*c) == held_out]
         self.shapes = _Deck([c for c in combinations if c[0] in SHAPES], rng)
         self.digits = _Deck([c for c in combinations if c[0] in DIGITS], rng)
-        one, two = 20 * (1 - TWO_THINGS), 20 * TWO_THINGS
+        one, two = 40 * (1 - TWO_THINGS), 40 * TWO_THINGS
         kinds = [(count, i < WITH_DIGIT * share) for count, share in ((1, one), (2, two)) for i in range(round(share))]
         self.kinds = _Deck(kinds, rng)
         self.backgrounds = _Deck(BACKGROUNDS, rng)
@@ -86,13 +87,12 @@ class SceneDealer:
         self.moving, self.rng = moving, rng
 
     def deal(self) -> Scene:
-        """The next scene; two things move along the same axis, are small and differ in colour."""
+        """The next scene; two things are small, differ in colour and pass each other in opposite directions."""
         count, with_digit = self.kinds.deal()
         first = (self.digits if with_digit else self.shapes).deal()
         chosen = [first]
         if count == 2:
-            axis = abs(DIRECTIONS[first[2]][0])
-            chosen.append(self.shapes.deal(lambda c: c[1] != first[1] and abs(DIRECTIONS[c[2]][0]) == axis))
+            chosen.append(self.shapes.deal(lambda c: c[1] != first[1] and c[2] == OPPOSITE[first[2]]))
             chosen = [chosen[i] for i in self.rng.permutation(2)]
         size = self.sizes.deal() if count == 1 else "small"
         things = [Thing(shape, colour, size, direction if self.moving else STILL) for shape, colour, direction in chosen]

@@ -187,9 +187,14 @@ class Resampler(Adapter):
 
 
 class PerToken(Adapter):
-    """No token sees another: context [registers, tokens]. `width`: the mean of d_llm and d_ctx by default."""
+    """No token sees another: context [registers, tokens]. `width`: the mean of d_llm and d_ctx by default.
 
-    def __init__(self, *, d_llm, d_ctx, width: int | None = None, dtype=jnp.float32, rngs, **options):
+    `depth` and `heads` are accepted because one row of sizes serves every kind; there is nothing here for them to set.
+    """
+
+    def __init__(
+        self, *, d_llm, d_ctx, width: int | None = None, depth=None, heads=None, dtype=jnp.float32, rngs, **options
+    ):
         width = (d_llm + d_ctx) // 2 if width is None else width
         super().__init__(d_llm=d_llm, d_ctx=d_ctx, width=width, register_width=d_ctx, rngs=rngs, **options)
         time_width = width if self.time_embedding else None

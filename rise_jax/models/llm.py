@@ -167,19 +167,19 @@ def attend(query: Array, parts: list[tuple[Array, Array]], masks: list[Array]) -
     lowest = jnp.finfo(jnp.float32).min
     scores = []
     for (key, _), mask in zip(parts, masks, strict=True):
-        raw = _shared("bskgd,bkld->bkgsl", grouped, key)
+        raw = _shared("bskgd,bkld->bkgsl", grouped, key, preferred_element_type=jnp.float32)
         scores.append(jnp.where(mask[:, None, None], raw, lowest))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     ends = [sum(score.shape[-1] for score in scores[: i + 1]) for i in range(len(scores) - 1)]
     mixed = [_shared("bkgsl,bkld->bskgd", weight, value) for weight, (_, value) in zip(jnp.split(weights, ends, axis=-1), parts)]
-    return sum(mixed).astype(query.dtype).reshape(query.shape)
+    return sum(mixed).reshape(query.shape)
 
 
-def _shared(equation: str, x: Array, part: Array) -> Array:
-    """einsum with fp32 result; a `part` of batch 1 serves all rows in one product instead of being repeated."""
+def _shared(equation: str, x: Array, part: Array, **options) -> Array:
+    """einsum in which a `part` of batch 1 serves all rows in one product instead of being repeated."""
     if part.shape[0] == 1:
         part, equation = part[0], equation.replace(",b", ",")
-    return jnp.einsum(equation, x, part, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x, part, **options)
 
 
 def make_llm(config: LLMConfig, dtype=jnp.float32) -> tuple[Callable[[dict], LLM], dict]:
