@@ -22,7 +22,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         batch_size=stage["batch_size"],  # global: over all devices and processes
         save_every=500,  # steps
         keep=2,  # checkpoints
-        log_every=10,  # steps
         seed=0,
         init_from="",  # a workdir to start from (its EMA), or a stage name: that stage's default workdir, when it is there
     )
@@ -52,7 +51,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.optim = dict(
         learning_rate=stage["learning_rate"],
         warmup=100,  # steps
-        decay_from=0,  # linear decay to zero between these two steps; 0, 0 = constant
+        decay_from=0,  # linear decay to 1 % between these two steps; 0, 0 = constant
         decay_until=0,
         weight_decay=0.01,
         clip=1.0,  # global gradient norm

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from rise_jax.models.adapter import make_adapter
 from rise_jax.models.dit import DiT, fit_context
@@ -43,6 +44,20 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
         return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(params=key)), nnx.Param, ...)[1])
 
     return graph, nnx.to_pure_dict(params), init
+
+
+def model_from(config: ConfigDict, d_llm: int, states: Callable) -> Model:
+    """The model that a config's `model` group describes, for an LLM of width `d_llm`; `states` as in `build_model`."""
+    return build_model(
+        d_llm=d_llm,
+        adapter=config.adapter.to_dict(),
+        dit=config.dit.to_dict(),
+        vae=config.vae,
+        dtype=config.dtype,
+        prediction=config.prediction,
+        shift=config.shift,
+        states=states,
+    )
 
 
 def build_model(

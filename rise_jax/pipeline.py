@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import flow, runs, sampler
-from rise_jax.build import Model, build_model
+from rise_jax.build import Model, model_from
 from rise_jax.language import Language, Rephrasings, states_in_batch
 from rise_jax.optim import make_optimizer
 from rise_jax.validate import check_clip
@@ -41,10 +41,7 @@ class Pipeline:
         """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none."""
         config = ConfigDict(runs.read_config(Path(workdir)))
         language = Language(**config.model.llm)
-        model = build_model(
-            d_llm=language.width, states=states_in_batch, prediction=config.model.prediction, shift=config.model.shift,
-            adapter=config.model.adapter.to_dict(), dit=config.model.dit.to_dict(), vae=config.model.vae, dtype=config.model.dtype,
-        )
+        model = model_from(config.model, language.width, states_in_batch)
         run = runs.read_run(Path(workdir), model, make_optimizer(config.optim.learning_rate))
         if run.meta["llm"] != language.identity:
             raise ValueError(f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now")

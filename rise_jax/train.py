@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import runs
-from rise_jax.build import build_model
+from rise_jax.build import model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
@@ -71,10 +71,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     with jax.set_mesh(mesh):
         table, frozen = _conditions(config, workdir, source, language, mesh)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
-        model = build_model(
-            d_llm=language.width, states=states, prediction=config.model.prediction, shift=config.model.shift,
-            adapter=config.model.adapter.to_dict(), dit=config.model.dit.to_dict(), vae=config.model.vae, dtype=config.model.dtype,
-        )
+        model = model_from(config.model, language.width, states)
         optimizer = make_optimizer(
             config.optim.learning_rate, config.optim.warmup, config.optim.weight_decay, config.optim.clip,
             b2=config.optim.b2, decay_from=config.optim.decay_from, decay_until=config.optim.decay_until,
