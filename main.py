@@ -1,4 +1,5 @@
 """The command line, and nothing else: flags -> config -> one function of rise_jax per --mode."""
+
 import logging
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from ml_collections import config_flags
 
 MODES = ("train", "generate", "evaluate")
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configs/stage1.py[:PRESET] or configs/stage2.py[:PRESET]", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configs/stage1.py[:PRESET] or configs/stage2.py[:PRESET]", lock_config=True
+)
 MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
 WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default: runs/STAGE-PRESET")
 flags.mark_flag_as_required("config")

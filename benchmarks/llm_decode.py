@@ -90,7 +90,9 @@ def main():
     loaded = load_llm("embedded")
     model = to_torch(loaded)
     rng = np.random.default_rng(0)
-    print(f"{'batch':>5} {'rise_jax tok/s':>15} {'torch tok/s':>12} {'ratio':>6}   ({NEW} new tokens, {PREFIX} + {PROMPT} read)")
+    print(
+        f"{'batch':>5} {'rise_jax tok/s':>15} {'torch tok/s':>12} {'ratio':>6}   ({NEW} new tokens, {PREFIX} + {PROMPT} read)"
+    )
     for batch in map(int, options.batches.split(",")):
         shared = np.tile(rng.integers(20, loaded.config.vocab, PREFIX), (batch, 1))
         ids = np.concatenate([shared, rng.integers(20, loaded.config.vocab, (batch, PROMPT))], axis=1)

@@ -3,6 +3,7 @@
 A row holds model sizes (keyword arguments of the modules, passed on as they are) and the values that belong to a size: clip size,
 batch, learning rate. `tiny` and `small` train everything but the LLM from scratch, on rendered scenes unless told otherwise.
 """
+
 import difflib
 
 PRESETS = {

@@ -6,6 +6,7 @@
 From-scratch presets train the DiT along with the adapter (`model.trainable`): an adapter on a random frozen DiT learns nothing.
 Cost and expected loss of `tiny`: docs/tiny.md.
 """
+
 from ml_collections import ConfigDict
 
 from configs.presets import preset as preset_row

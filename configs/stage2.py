@@ -5,6 +5,7 @@
 
 Stage 1 plus what changes: clips of several frames, steps, batch and learning rate. Cost and expected loss of `tiny`: docs/tiny.md.
 """
+
 from ml_collections import ConfigDict
 
 from configs import stage1

@@ -3,6 +3,7 @@
 Fewer steps and texts than the preset's own, so that all of it takes minutes on 2 CPU cores. Each command is a process of its own,
 exactly as typed by hand; its time includes start-up and compilation.
 """
+
 import json
 import shutil
 import subprocess
@@ -61,7 +62,10 @@ def run(config: str, workdir: str, extra: list[str]) -> float:
 
 
 def print_report(report: dict) -> None:
-    shares = ", ".join(f"{name} {share:.2f} (shuffled {report['shuffled'][name]:.2f})" for name, share in report["attribute_accuracy"].items())
+    shares = ", ".join(
+        f"{name} {share:.2f} (shuffled {report['shuffled'][name]:.2f})"
+        for name, share in report["attribute_accuracy"].items()
+    )
     print(f"\nVideos: {OUT / 'stage2' / 'samples'} (contact_sheet.png shows them all)")
     print(f"Measured on {report['prompts']} held-out prompts: {shares}")
     print(f"Seconds: {sum(report['seconds'].values()):.0f} in all. Report: {OUT / 'report.json'}")

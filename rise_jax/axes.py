@@ -9,6 +9,7 @@ C channels                           V vocabulary
 Channels come last everywhere. Diffusion time `t` is a `[B]` array in [0, 1]: 0 is data, 1 is noise.
 Video is uint8 in [0, 255] outside the step and float in [-1, 1] inside it.
 """
+
 from beartype import beartype
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8, jaxtyped
 

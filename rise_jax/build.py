@@ -2,6 +2,7 @@
 
 What is wrong with a config is said by validate.py, before any of this.
 """
+
 import dataclasses
 from collections.abc import Callable
 

@@ -1,4 +1,5 @@
 """What training knows of its texts, made once and kept beside the run: missing rephrasings, and the LLM's states."""
+
 import hashlib
 import json
 import logging
@@ -27,7 +28,10 @@ def complete(texts: list[Text], language: Language, file: Path) -> list[Text]:
     if new:
         LOG.info("the LLM writes %d missing captions into %s", len(new), file)
         known |= dict(zip(new, _write(new, language)))
-        lines = [{"llm": language.identity}, *({"prompt": key, "rephrased": value} for key, value in sorted(known.items()))]
+        lines = [
+            {"llm": language.identity},
+            *({"prompt": key, "rephrased": value} for key, value in sorted(known.items())),
+        ]
         _replace(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return [text if text.rephrased is not None else Text(text.prompt, known[text.prompt]) for text in texts]
 
@@ -46,7 +50,9 @@ def cached_states(texts: list[Text], language: Language, file: Path) -> tuple[np
                     f"(fingerprint {str(saved['fingerprint'])[:12]}, now {fingerprint[:12]}): remove it, or use another --workdir"
                 )
             return saved["states"], saved["mask"]
-    states, mask = language.teach(texts, progress=lambda steps: tqdm(steps, desc="LLM states", unit="batch", disable=None))
+    states, mask = language.teach(
+        texts, progress=lambda steps: tqdm(steps, desc="LLM states", unit="batch", disable=None)
+    )
     scratch = file.with_suffix(".tmp.npz")
     np.savez(scratch, states=states, mask=mask, fingerprint=fingerprint)
     os.replace(scratch, file)
@@ -60,10 +66,14 @@ def fingerprint_of(texts: list[Text], language: Language) -> str:
 
 
 def _write(prompts: list[str], language: Language) -> list[str]:
-    written = language.rephrase(prompts, progress=lambda steps: tqdm(steps, desc="LLM captions", unit="batch", disable=None)).texts
+    written = language.rephrase(
+        prompts, progress=lambda steps: tqdm(steps, desc="LLM captions", unit="batch", disable=None)
+    ).texts
     empty = [prompt for prompt, text in zip(prompts, written) if not text]
     if empty:
-        raise ValueError(f"the LLM wrote nothing for {len(empty)} of {len(prompts)} prompts, the first: {empty[0]!r}; give `rephrased`")
+        raise ValueError(
+            f"the LLM wrote nothing for {len(empty)} of {len(prompts)} prompts, the first: {empty[0]!r}; give `rephrased`"
+        )
     return written
 
 

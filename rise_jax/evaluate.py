@@ -3,6 +3,7 @@
 Videos are made as a user makes them: from the short prompt, with the LLM's own rephrasing. They are scored against the prompt, never
 against the rephrasing. The held-out loss is teacher-forced, at fixed times and fixed noise.
 """
+
 from functools import partial
 from pathlib import Path
 
@@ -121,8 +122,10 @@ def _print(result: dict, workdir: Path) -> None:
     if "attribute_accuracy" in result:
         for name, share in result["attribute_accuracy"].items():
             low, high, n = result["intervals"][name]
-            other = f"shuffled {result['shuffled'][name]:.2f}, zeroed {result['zeroed'][name]:.2f}"
-            print(f"{name:>11}: {share:.3f}  [{low:.2f}, {high:.2f}] of {n} prompts; {other}; kept by the rephrasing {result['kept_by_rephrasing'][name]:.2f}")
+            names = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "kept by the rephrasing"}
+            others = ", ".join(f"{title} {result[key][name]:.2f}" for key, title in names.items())
+            print(f"{name:>11}: {share:.3f}  [{low:.2f}, {high:.2f}] of {n} prompts; {others}")
     losses = result["heldout_loss"]
     print("held-out loss: " + ", ".join(f"t={t}: {loss:.4f}" for t, loss in zip(losses["times"], losses["true"])))
-    print(f"{workdir / 'evaluation.json'} and evaluation.png: {result['prompts']} held-out prompts, seeds {result['seeds'][0]} to {result['seeds'][1]}", flush=True)
+    first, last = result["seeds"]
+    print(f"{workdir / 'evaluation.json'} and .png: {result['prompts']} held-out prompts, seeds {first} to {last}", flush=True)

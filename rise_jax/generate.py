@@ -1,4 +1,5 @@
 """--mode=generate: prompts -> mp4 (PNG for one frame), the rephrased texts with their seeds, and one contact sheet."""
+
 import json
 from pathlib import Path
 
@@ -17,8 +18,15 @@ def generate(config: ConfigDict, workdir: Path) -> int:
     sample = config.sample
     pipe.config.sample.batch_size = sample.batch_size
     out = pipe(
-        prompts, seed=sample.seed, steps=sample.steps, guidance=sample.guidance, stepper=sample.stepper,
-        frames=sample.frames, height=sample.height, width=sample.width, temperature=sample.temperature,
+        prompts,
+        seed=sample.seed,
+        steps=sample.steps,
+        guidance=sample.guidance,
+        stepper=sample.stepper,
+        frames=sample.frames,
+        height=sample.height,
+        width=sample.width,
+        temperature=sample.temperature,
     )
     folder = workdir / "samples"
     records = []
@@ -30,7 +38,9 @@ def generate(config: ConfigDict, workdir: Path) -> int:
             write_video(folder / name, video, config.data.fps)
         records.append({"file_name": name, "prompt": prompt, "rephrased": rephrased, "seed": seed})
         print(f"{folder / name}  seed {seed}\n  prompt:    {prompt}\n  rephrased: {rephrased}", flush=True)
-    write_file(folder / "samples.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    write_file(
+        folder / "samples.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    )
     write_png(folder / "contact_sheet.png", contact_sheet(out.videos, prompts, out.rephrased))
     print(f"{len(prompts)} samples and contact_sheet.png are in {folder}")
     return 0
@@ -39,10 +49,14 @@ def generate(config: ConfigDict, workdir: Path) -> int:
 def read_prompts(prompts: str) -> list[str]:
     """A file with one prompt a line, or a text, several joined by '||'. Raises ValueError for an empty one, naming its place."""
     if not prompts.strip():
-        raise ValueError('no prompt given: --config.sample.prompts="a text", several joined by ||, or a file with one a line')
+        raise ValueError(
+            'no prompt given: --config.sample.prompts="a text", several joined by ||, or a file with one a line'
+        )
     file = Path(prompts) if len(prompts) < 4096 and "\n" not in prompts else None
     if file and file.is_file():
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or read_prompts("")
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or read_prompts(
+            ""
+        )
     found = [part.strip() for part in prompts.split("||")]
     for number, prompt in enumerate(found, 1):
         if not prompt:

@@ -3,6 +3,7 @@
 `teach` gives training its states (teacher-forced on given rephrasings), `rephrase` gives use its own (decoded). Both keep the
 instruction's keys and values, computed once.
 """
+
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -112,18 +113,31 @@ class Language:
             padded = np.resize(rows, size)
             batch = left_pad([ids[i] for i in padded], p, self._pad)
             out = self._decode(
-                self.params, self.prefix, *batch, max_new=self.max_new, eos=tuple(self.prompter.stop), pad=self._pad,
-                temperature=temperature, keys=keys[padded] if temperature > 0 else None,
+                self.params,
+                self.prefix,
+                *batch,
+                max_new=self.max_new,
+                eos=tuple(self.prompter.stop),
+                pad=self._pad,
+                temperature=temperature,
+                keys=keys[padded] if temperature > 0 else None,
             )
-            parts.append([np.asarray(array)[: len(rows)] for array in (out.states.astype(jnp.float32), out.mask, out.tokens)])
+            parts.append(
+                [np.asarray(array)[: len(rows)] for array in (out.states.astype(jnp.float32), out.mask, out.tokens)]
+            )
         states, mask, tokens = (np.concatenate(arrays) for arrays in zip(*parts))
         return Rephrasings(states, mask, [self.prompter.text(row[keep]) for row, keep in zip(tokens, mask)])
 
     def states_in_step(self, frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         """For the step: (states, mask) from `tokens` rows in the batch and {"llm": params, "prefix": ...} in `frozen`."""
         states = rephrase.teacher_forced(
-            self.llm, frozen["llm"], frozen["prefix"],
-            batch["prompt_ids"], batch["prompt_mask"], batch["rephrased_ids"], batch["states_mask"],
+            self.llm,
+            frozen["llm"],
+            frozen["prefix"],
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            batch["rephrased_ids"],
+            batch["states_mask"],
         )
         return jax.lax.stop_gradient(states).astype(jnp.float32), batch["states_mask"]
 

@@ -1,4 +1,5 @@
 """Measures of finished videos and of rephrased texts: attributes against the prompt, intervals, flicker, motion."""
+
 import re
 from itertools import permutations
 from math import sqrt
@@ -11,10 +12,20 @@ from rise_jax.pixel_rules import MeasuredThing, Reading, read_scene
 _THING_ATTRIBUTES = ("colour", "shape", "direction", "size")
 _NEEDED_FOR_ALL = ("colour", "shape", "direction", "count", "background")
 _DIRECTION_WORDS = {
-    "left": "left", "leftward": "left", "leftwards": "left",
-    "right": "right", "rightward": "right", "rightwards": "right",
-    "up": "up", "upward": "up", "upwards": "up", "top": "up",
-    "down": "down", "downward": "down", "downwards": "down", "bottom": "down",
+    "left": "left",
+    "leftward": "left",
+    "leftwards": "left",
+    "right": "right",
+    "rightward": "right",
+    "rightwards": "right",
+    "up": "up",
+    "upward": "up",
+    "upwards": "up",
+    "top": "up",
+    "down": "down",
+    "downward": "down",
+    "downwards": "down",
+    "bottom": "down",
 }
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -29,8 +40,10 @@ def compare(reading: Reading, scene: Scene) -> dict[str, bool]:
     found = list(reading.things) + [None] * (len(wanted) - len(reading.things))
     asked = [name for name in _THING_ATTRIBUTES if name in scene.asked]
     agreements = [
-        [[thing is not None and getattr(thing, name) == getattr(want, name) for name in asked]
-         for thing, want in zip(order, wanted, strict=True)]
+        [
+            [thing is not None and getattr(thing, name) == getattr(want, name) for name in asked]
+            for thing, want in zip(order, wanted, strict=True)
+        ]
         for order in permutations(found, len(wanted))
     ]
     best = np.array(max(agreements, key=lambda rows: sum(map(sum, rows)))).reshape(len(wanted), len(asked))
@@ -73,7 +86,7 @@ def attributes_in_text(text: str) -> Reading:
         elif (shape := _shape(word, words[place - 1] if place else "")) is not None:
             things.append({**before, "shape": shape, "directions": set()})
             before = {}
-        elif word in _DIRECTION_WORDS and things and "from" not in words[max(place - 2, 0):place]:
+        elif word in _DIRECTION_WORDS and things and "from" not in words[max(place - 2, 0) : place]:
             things[-1]["directions"].add(_DIRECTION_WORDS[word])
     return Reading(tuple(_stated(thing, things[-1]) for thing in things), background)
 

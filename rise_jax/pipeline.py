@@ -1,8 +1,9 @@
 """Prompt -> video in Python: what --mode=generate and --mode=evaluate call.
 
-    pipe = Pipeline.from_run("runs/stage2-tiny")
-    out = pipe(["a cat running"], seed=0)        # out.videos uint8 [B, T, H, W, 3], out.rephrased list of texts
+pipe = Pipeline.from_run("runs/stage2-tiny")
+out = pipe(["a cat running"], seed=0)        # out.videos uint8 [B, T, H, W, 3], out.rephrased list of texts
 """
+
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,9 @@ class Pipeline:
         model = model_from(config.model, language.width, states_in_batch)
         run = runs.read_run(Path(workdir), model, make_optimizer(config.optim.learning_rate))
         if run.meta["llm"] != language.identity:
-            raise ValueError(f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now")
+            raise ValueError(
+                f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now"
+            )
         return cls(model, run.params, language, config)
 
     def __call__(
@@ -72,12 +75,28 @@ class Pipeline:
         seeds = [seed + i for i in range(len(prompts))]
         rephrasings = self.language.rephrase(prompts, temperature=temperature, seeds=seeds)
         videos = self.render(
-            rephrasings, seeds, steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width
+            rephrasings,
+            seeds,
+            steps=steps,
+            guidance=guidance,
+            stepper=stepper,
+            frames=frames,
+            height=height,
+            width=width,
         )
         return Output(videos, rephrasings.texts, seeds)
 
     def render(
-        self, rephrasings: Rephrasings, seeds: Sequence[int], *, steps=None, guidance=None, stepper=None, frames=None, height=None, width=None
+        self,
+        rephrasings: Rephrasings,
+        seeds: Sequence[int],
+        *,
+        steps=None,
+        guidance=None,
+        stepper=None,
+        frames=None,
+        height=None,
+        width=None,
     ) -> np.ndarray:
         """Videos uint8 [B, T, H, W, 3] of states that are there already; settings as in `__call__`."""
         given = dict(steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width)
@@ -93,8 +112,14 @@ class Pipeline:
             rows = np.arange(start, min(start + limit, len(seeds)))
             padded = np.resize(rows, limit)
             video = self._sample(
-                self.params, rephrasings.states[padded], rephrasings.mask[padded], jnp.asarray(seeds, jnp.uint32)[padded], times,
-                chosen["guidance"], shape=self.model.latent_shape(size), stepper=chosen["stepper"],
+                self.params,
+                rephrasings.states[padded],
+                rephrasings.mask[padded],
+                jnp.asarray(seeds, jnp.int32)[padded],
+                times,
+                chosen["guidance"],
+                shape=self.model.latent_shape(size),
+                stepper=chosen["stepper"],
             )
             videos.append(np.asarray(video)[: len(rows)])
         return np.concatenate(videos)
@@ -102,7 +127,7 @@ class Pipeline:
 
 def _sample(model: Model, params, states, mask, seeds, times, guidance, *, shape, stepper):
     """Noise from the seeds alone, one scan over `times`, decoded to uint8."""
-    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+    noise = sampler.initial_noise(jax.random.key(0), seeds, shape)
     null = model.null(params)
 
     def keys_and_values(t):

@@ -1,4 +1,5 @@
 """Pixel rules: what a finished clip of the scenes data shows, whoever rendered or generated it."""
+
 from functools import cache
 from typing import NamedTuple
 
@@ -103,10 +104,12 @@ def _direction(mask):
     seen = np.flatnonzero(mass >= 0.3 * np.median(mass[mass > 0]))
     if len(seen) < 3:
         return STILL
-    centres = np.stack([
-        (mask.sum(2) @ np.arange(height))[seen] / mass[seen] / height,
-        (mask.sum(1) @ np.arange(width))[seen] / mass[seen] / width,
-    ])
+    centres = np.stack(
+        [
+            (mask.sum(2) @ np.arange(height))[seen] / mass[seen] / height,
+            (mask.sum(1) @ np.arange(width))[seen] / mass[seen] / width,
+        ]
+    )
     down, right = (np.polyfit(seen, centre, 1)[0] * (frames - 1) for centre in centres)
     if max(abs(down), abs(right)) < _MIN_TRAVEL:
         return STILL

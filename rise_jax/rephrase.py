@@ -4,6 +4,7 @@ One index convention (`predictor`): with H[p] the final-normed state after readi
 one that emits it, H[P - 1 + i], for P tokens of instruction and prompt. Both paths leave out the state of the end token.
 `llm` is a function from parameters to the model (`models.llm.make_llm`); all functions are pure, with static shapes.
 """
+
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -73,7 +74,9 @@ def rephrase(
     generated tokens only, never the prompt's.
     """
     if temperature > 0 and keys is None:
-        raise ValueError(f"temperature={temperature} draws tokens and needs keys, one per row; use temperature=0 for greedy")
+        raise ValueError(
+            f"temperature={temperature} draws tokens and needs keys, one per row; use temperature=0 for greedy"
+        )
     model = llm(params)
     states, prompt = model(prompt_ids, prompt_mask, _positions(prefix, prompt_mask), (prefix,))
     start = prefix.mask.shape[1] + prompt_mask.sum(axis=1)

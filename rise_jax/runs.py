@@ -3,6 +3,7 @@
 Layout: config.json, checkpoints/STEP (state and meta), frozen/0 (leaves that came from another run and are not trained here),
 states.npz and captions.jsonl (conditions.py), metrics.jsonl, summary.json.
 """
+
 import json
 import logging
 from pathlib import Path
@@ -105,7 +106,11 @@ def initial_parameters(model: Model, seed: int, source: Run | None, llm: dict, s
 def abstract_state(trainable: dict, optimizer, sharding_of) -> TrainState:
     """ShapeDtypeStructs of a TrainState with the shardings that `sharding_of(tree)` gives."""
     abstract = jax.eval_shape(lambda leaves: new_state(leaves, optimizer), trainable)
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, sharding_of(abstract))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        sharding_of(abstract),
+    )
 
 
 def _on_one_device(tree):

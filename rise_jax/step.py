@@ -1,4 +1,5 @@
 """One optimizer step as a pure function: the same for every stage, data source and preset."""
+
 from collections.abc import Callable
 
 import flax.struct
@@ -28,7 +29,9 @@ def new_state(trainable: dict, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.int32(0), trainable, jax.tree.map(jnp.copy, trainable), optimizer.init(trainable))
 
 
-def sample_losses(model: Model, params: dict, frozen: dict, batch: dict, t: jax.Array, noise: jax.Array, drop: jax.Array):
+def sample_losses(
+    model: Model, params: dict, frozen: dict, batch: dict, t: jax.Array, noise: jax.Array, drop: jax.Array
+):
     """Loss of every sample [B] at given times t [B], noise (shape of the latents) and dropped conditions [B] bool."""
     latents = model.encode(to_float(batch["video"]))
     states, mask = model.states(frozen, batch)
@@ -55,7 +58,9 @@ def make_train_step(
         keys = flow.sample_keys(key, step, batch["index"])
         t = flow.draw_times(keys, time_mean, time_std, model.shift)
         noise = flow.draw_noise(keys, model.latent_shape(batch["video"].shape[1:4]))
-        losses = sample_losses(model, combine(trainable, frozen["params"]), frozen, batch, t, noise, flow.draw_drops(keys, drop))
+        losses = sample_losses(
+            model, combine(trainable, frozen["params"]), frozen, batch, t, noise, flow.draw_drops(keys, drop)
+        )
         return jnp.sum(losses * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1.0)
 
     def train_step(state: TrainState, frozen: dict, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:

@@ -3,6 +3,7 @@
 The model reads chat(instruction, prompt). Its first part is the same for every prompt (`Prompter.prefix_ids`), so its keys and
 values are computed once; the rest (`Prompter.prompt_ids`) ends where the answer begins.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,8 +79,14 @@ class Tokenizer:
         )
         backend.decoder = tokenizers.decoders.ByteLevel()
         types = fields["tokenizer.ggml.token_type"]
-        special = [tokenizers.AddedToken(word, special=True, normalized=False) for word, t in zip(words, types) if t == CONTROL]
-        own = [tokenizers.AddedToken(word, special=False, normalized=False) for word, t in zip(words, types) if t == USER_DEFINED]
+        special = [
+            tokenizers.AddedToken(word, special=True, normalized=False) for word, t in zip(words, types) if t == CONTROL
+        ]
+        own = [
+            tokenizers.AddedToken(word, special=False, normalized=False)
+            for word, t in zip(words, types)
+            if t == USER_DEFINED
+        ]
         backend.add_special_tokens(special)
         backend.add_tokens(own)
         bos, eos = fields.get("tokenizer.ggml.bos_token_id"), fields["tokenizer.ggml.eos_token_id"]
@@ -100,7 +107,9 @@ class Tokenizer:
         backend = loaded.backend_tokenizer
         bare = backend.encode("a", add_special_tokens=False).ids
         dressed = backend.encode("a", add_special_tokens=True).ids
-        return cls(backend, ends, pad, loaded.bos_token_id, tuple(dressed[: dressed.index(bare[0])]), loaded.chat_template)
+        return cls(
+            backend, ends, pad, loaded.bos_token_id, tuple(dressed[: dressed.index(bare[0])]), loaded.chat_template
+        )
 
 
 def _raise(message: str):
@@ -130,7 +139,9 @@ class Instruction:
             if mark in ("prompt", "caption"):
                 marked.append(_marked(path, number, mark, text, marked))
             elif line.strip() and marked:
-                raise ValueError(f"{path}, line {number}: after the first example only 'prompt:' and 'caption:' lines may follow")
+                raise ValueError(
+                    f"{path}, line {number}: after the first example only 'prompt:' and 'caption:' lines may follow"
+                )
             elif line.strip():
                 rule.append(line.strip())
         if not rule:
@@ -163,8 +174,12 @@ class Prompter:
         head, self._tail = self._whole(_MARK).split(_MARK)
         encoding = tokenizer.backend.encode(head, add_special_tokens=False)
         # The cut stands behind a control token, which no merge crosses (without a template: behind the last example).
-        cut = head.rindex("\nprompt:") if not self.chat else max(
-            (end for id, (_, end) in zip(encoding.ids, encoding.offsets) if id in tokenizer.control), default=0
+        cut = (
+            head.rindex("\nprompt:")
+            if not self.chat
+            else max(
+                (end for id, (_, end) in zip(encoding.ids, encoding.offsets) if id in tokenizer.control), default=0
+            )
         )
         self._head = head[cut:]
         self.prefix_ids: list[int] = [*([] if self.chat else tokenizer.leading), *tokenizer.encode(head[:cut])]
@@ -192,10 +207,14 @@ class Prompter:
         text = self._checked(text, "prompt")
         length = len(self.tokenizer.encode(text))
         if length > self.max_prompt:
-            raise ValueError(f"the prompt has {length} tokens, at most {self.max_prompt} are allowed; it is never cut: {text[:80]!r} ...")
+            raise ValueError(
+                f"the prompt has {length} tokens, at most {self.max_prompt} are allowed; it is never cut: {text[:80]!r} ..."
+            )
         ids = self.tokenizer.encode(self._head + text + self._tail)
         if self.chat:
-            assert [*self.prefix_ids, *ids] == self.tokenizer.encode(self._whole(text)), f"the chat text of {text!r} cannot be cut"
+            assert [*self.prefix_ids, *ids] == self.tokenizer.encode(self._whole(text)), (
+                f"the chat text of {text!r} cannot be cut"
+            )
         return ids
 
     def rephrased_ids(self, text: str) -> list[int]:

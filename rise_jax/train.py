@@ -1,4 +1,5 @@
 """--mode=train: from a config to a trained run. One loop for every stage; it stops, resumes and ends here."""
+
 import logging
 import math
 import signal
@@ -41,7 +42,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep)
         try:
             if max(checkpoints.steps(), default=-1) >= config.run.steps and (workdir / "summary.json").exists():
-                print(f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir.")
+                print(
+                    f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."
+                )
                 return 0
             return _run(config, workdir, checkpoints)
         finally:
@@ -59,7 +62,9 @@ def find_start(init_from: str, preset: str) -> Path | None:
         return default
     if "/" in init_from or not init_from.startswith("stage"):
         raise FileNotFoundError(f"run.init_from={init_from!r} is no folder with a run")
-    LOG.warning("no %s run at %s: starting from random parameters; train it first for better results", init_from, default)
+    LOG.warning(
+        "no %s run at %s: starting from random parameters; train it first for better results", init_from, default
+    )
     return None
 
 
@@ -73,20 +78,37 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
         model = model_from(config.model, language.width, states)
         optimizer = make_optimizer(
-            config.optim.learning_rate, config.optim.warmup, config.optim.weight_decay, config.optim.clip,
-            b2=config.optim.b2, decay_from=config.optim.decay_from, decay_until=config.optim.decay_until,
+            config.optim.learning_rate,
+            config.optim.warmup,
+            config.optim.weight_decay,
+            config.optim.clip,
+            b2=config.optim.b2,
+            decay_from=config.optim.decay_from,
+            decay_until=config.optim.decay_until,
         )
-        start, state, frozen["params"], meta = _state(config, workdir, checkpoints, model, optimizer, language.identity, mesh)
+        start, state, frozen["params"], meta = _state(
+            config, workdir, checkpoints, model, optimizer, language.identity, mesh
+        )
         step_fn = make_train_step(
-            model, optimizer, drop=config.optim.drop, ema=config.optim.ema,
-            time_mean=config.optim.time_mean, time_std=config.optim.time_std,
+            model,
+            optimizer,
+            drop=config.optim.drop,
+            ema=config.optim.ema,
+            time_mean=config.optim.time_mean,
+            time_std=config.optim.time_std,
         )
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
         step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
         batches = make_loader(
-            source, batch_size=config.run.batch_size, seed=config.run.seed, start_step=start,
-            process_index=jax.process_index(), process_count=jax.process_count(), workers=config.data.workers,
-            max_bad=config.data.max_bad, quarantine_file=workdir / "quarantine.jsonl",
+            source,
+            batch_size=config.run.batch_size,
+            seed=config.run.seed,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+            max_bad=config.data.max_bad,
+            quarantine_file=workdir / "quarantine.jsonl",
         )
         _announce(config, source, start, state, frozen)
         return _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta)
@@ -137,7 +159,8 @@ def _announce(config, source, start, state, frozen) -> None:
     print(
         f"{config.run.stage}, preset {config.run.preset}: {count(state.params):,} trainable and {count(frozen['params']):,} frozen "
         f"parameters (the LLM is frozen too), {len(source):,} clips of {'x'.join(map(str, source.shape[:3]))}, "
-        f"{len(source.texts):,} texts, batch {config.run.batch_size}, steps {start} to {config.run.steps}, {jax.device_count()} device(s)",
+        f"{len(source.texts):,} texts, batch {config.run.batch_size}, steps {start} to {config.run.steps}, "
+        f"{jax.device_count()} device(s)",
         flush=True,
     )
 
@@ -177,7 +200,12 @@ def _on_mesh(batch: dict, table: dict, step: int, mesh) -> dict:
 def _check_finite(metrics: dict | None, step: int, numbers, workdir: Path) -> None:
     if metrics is None or metrics["finite"]:
         return
-    record = {"step": step, "samples": numbers.tolist(), "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"])}
+    record = {
+        "step": step,
+        "samples": numbers.tolist(),
+        "loss": str(metrics["loss"]),
+        "grad_norm": str(metrics["grad_norm"]),
+    }
     write_json(workdir / "nonfinite.json", record)
     raise NonFiniteError(
         f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}: stopped before the update. "
@@ -197,7 +225,10 @@ def _finish(config, workdir: Path, state) -> None:
         "peak_memory_gib": peak_memory_gib(),
     }
     write_summary(workdir, summary)
-    print(f"{workdir}: {config.run.steps} steps done, loss {summary['final_loss']:.4f} over the last {len(losses)}", flush=True)
+    print(
+        f"{workdir}: {config.run.steps} steps done, loss {summary['final_loss']:.4f} over the last {len(losses)}",
+        flush=True,
+    )
 
 
 def _versions() -> dict[str, str]:

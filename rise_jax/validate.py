@@ -1,4 +1,8 @@
-"""What can be known to be wrong from the config alone, said before any device is touched: the value, the limit, the nearest valid choice."""
+"""What can be known to be wrong from the config alone, said before any device is touched.
+
+Every fault has the value, the limit and the nearest valid choice.
+"""
+
 import difflib
 from collections.abc import Iterable
 
@@ -25,7 +29,12 @@ def check_clip(frames: int, height: int, width: int, patch: tuple[int, int, int]
         near = max(coder.time_stride * round((frames - 1) / coder.time_stride), 0) + 1
         faults.append(f"{where}.frames={frames} is not {coder.time_stride}n+1; nearest: {near}")
     for name, size, cells in (("height", height, patch[1]), ("width", width, patch[2])):
-        faults += _divides(f"{where}.{name}", size, f"the patch times the VAE's stride, {cells} x {coder.space_stride}", cells * coder.space_stride)
+        faults += _divides(
+            f"{where}.{name}",
+            size,
+            f"the patch times the VAE's stride, {cells} x {coder.space_stride}",
+            cells * coder.space_stride,
+        )
     return faults
 
 
@@ -62,10 +71,18 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
     ):
         if not low <= value <= high:
             yield f"{key}={value} must lie in [{low}, {high}]; nearest: {min(max(value, low), high)}"
-    for key, value in (("optim.time_std", config.optim.time_std), ("model.shift", config.model.shift), ("data.fps", config.data.fps)):
+    for key, value in (
+        ("optim.time_std", config.optim.time_std),
+        ("model.shift", config.model.shift),
+        ("data.fps", config.data.fps),
+    ):
         if value <= 0:
             yield f"{key}={value} must be above 0"
-    for key, value in (("run.seed", config.run.seed), ("sample.seed", config.sample.seed), ("sample.temperature", config.sample.temperature)):
+    for key, value in (
+        ("run.seed", config.run.seed),
+        ("sample.seed", config.sample.seed),
+        ("sample.temperature", config.sample.temperature),
+    ):
         if value < 0:
             yield f"{key}={value} must be at least 0"
 
@@ -74,11 +91,15 @@ def _model_sizes(model: ConfigDict) -> Iterable[str]:
     dit, adapter = model.dit, model.adapter
     yield from _divides("model.dit.width", dit.width, f"model.dit.heads={dit.heads}", dit.heads)
     if dit.width % dit.heads == 0 and dit.width // dit.heads % 2:
-        yield f"model.dit.width={dit.width} over {dit.heads} heads gives an odd head width {dit.width // dit.heads}; rotary pairs need an even one"
+        yield (
+            f"model.dit.width={dit.width} over {dit.heads} heads gives an odd head width {dit.width // dit.heads}; "
+            f"rotary pairs need an even one; nearest width: {dit.width + dit.heads}"
+        )
     if adapter.kind != "mlp":
         yield from _divides("model.adapter.width", adapter.width, f"model.adapter.heads={adapter.heads}", adapter.heads)
     if dit.patch[0] != 1:
-        yield f"model.dit.patch={tuple(dit.patch)}: the time patch must be 1, the VAE folds time already; nearest: {(1, *dit.patch[1:])}"
+        near = (1, *dit.patch[1:])
+        yield f"model.dit.patch={tuple(dit.patch)}: the time patch must be 1, the VAE folds time already; nearest: {near}"
     tokens = adapter.get("latents", 64) if adapter.kind == "resampler" else model.llm.max_new
     if adapter.registers + tokens > dit.text_len:
         yield (
@@ -90,7 +111,9 @@ def _model_sizes(model: ConfigDict) -> Iterable[str]:
 def _clip_sizes(config: ConfigDict) -> Iterable[str]:
     for where, group in (("data", config.data), ("sample", config.sample)):
         if config.model.vae in VAES:
-            yield from check_clip(group.frames, group.height, group.width, config.model.dit.patch, config.model.vae, where)
+            yield from check_clip(
+                group.frames, group.height, group.width, config.model.dit.patch, config.model.vae, where
+            )
 
 
 def _divides(name: str, size: int, by: str, divisor: int) -> Iterable[str]:

@@ -3,6 +3,7 @@
 Video is RGB. In reading, a file's rotation and EXIF orientation are applied, transparency is laid on black, and
 grayscale becomes RGB. Writing replaces the file in one rename, so a name never holds half a file.
 """
+
 import io
 import itertools
 import math

@@ -1,4 +1,5 @@
 """Published weights -> parameter trees: one key table per model, every mismatch reported at once."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec

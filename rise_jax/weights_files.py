@@ -1,4 +1,5 @@
 """Readers of published weight files: GGUF (llama.cpp) and Hugging Face folders (config.json, safetensors, tokenizer)."""
+
 import hashlib
 import json
 from pathlib import Path

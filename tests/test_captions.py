@@ -1,4 +1,5 @@
 """Prompts in four languages and long captions: literal examples, and that held-out phrasings are unseen."""
+
 import re
 from dataclasses import replace
 
@@ -34,7 +35,9 @@ def test_noun_phrases_agree_in_gender(thing, language, with_size, phrase):
 
 def test_long_captions_say_what_is_seen():
     scene = Scene((BLUE_SQUARE,), "gray")
-    assert captions.long_caption(scene) == "A large blue square moves left on a plain gray background at a steady speed."
+    assert (
+        captions.long_caption(scene) == "A large blue square moves left on a plain gray background at a steady speed."
+    )
     unsized = replace(scene, asked=scene.asked - {"size"})
     assert captions.long_caption(unsized).startswith("A blue square moves left on")
     still = Scene((replace(BLUE_SQUARE, direction="still"),), "gray")
@@ -63,7 +66,9 @@ def test_prompts_name_what_they_are_said_to_ask_for(language, split):
         "de": ("rot grün blau gelb violett", "Kreis Quadrat Dreieck", "schwarzem grauem weißem"),
     }[language]
     ways = {
-        "en": "left right up down", "es": "izquierda derecha arriba abajo", "fr": "gauche droite haut bas",
+        "en": "left right up down",
+        "es": "izquierda derecha arriba abajo",
+        "fr": "gauche droite haut bas",
         "de": "links rechts oben unten",
     }[language].split()
     colours, shapes, backgrounds = (words.split() for words in spoken)

@@ -1,4 +1,5 @@
 """The whole program through its command line: train in two stages, be killed, resume, generate, evaluate."""
+
 import json
 import os
 import signal
@@ -39,7 +40,15 @@ def command(stage: int, llm: Path, workdir: Path, *extra: str, mode: str = "trai
         for part in group.split("."):
             node = node[part]
         flags += [f"--config.{group}.{name}={node[name]}" for name in names]
-    return [sys.executable, "main.py", f"--config=configs/stage{stage}.py", f"--workdir={workdir}", f"--mode={mode}", *flags, *extra]
+    return [
+        sys.executable,
+        "main.py",
+        f"--config=configs/stage{stage}.py",
+        f"--workdir={workdir}",
+        f"--mode={mode}",
+        *flags,
+        *extra,
+    ]
 
 
 def environment() -> dict:
@@ -51,7 +60,9 @@ def environment() -> dict:
 
 
 def run(*args, expect: int = 0, **kwargs) -> str:
-    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command(*args, **kwargs), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -86,7 +97,7 @@ def test_a_run_leaves_what_it_promises(stage1_run):
 
 def test_stage_2_starts_from_stage_1(stage2_run):
     meta = json.loads(next((stage2_run / "checkpoints" / "4" / "meta").glob("metadata")).read_text())["meta"]
-    assert set(origin.split()[0] for origin in meta["provenance"].values()) == {"run"}
+    assert {origin.split()[0] for origin in meta["provenance"].values()} == {"run"}
 
 
 def test_a_finished_run_says_so_and_changes_nothing(llm, stage1_run):
@@ -101,7 +112,9 @@ def test_a_killed_run_continues_bit_for_bit(stage, llm, stage1_run, stage2_run, 
     """kill -9 after the first checkpoint, the same command again: the end is that of an undisturbed run."""
     undisturbed = stage1_run if stage == 1 else stage2_run
     extra = [] if stage == 1 else [f"--config.run.init_from={stage1_run}"]
-    process = subprocess.Popen(command(stage, llm, tmp_path / "run", *extra), cwd=ROOT, env=environment(), start_new_session=True)
+    process = subprocess.Popen(
+        command(stage, llm, tmp_path / "run", *extra), cwd=ROOT, env=environment(), start_new_session=True
+    )
     deadline = time.monotonic() + 300
     while not (tmp_path / "run" / "checkpoints" / "2").is_dir():
         assert time.monotonic() < deadline and process.poll() in (None, 0)
@@ -116,8 +129,12 @@ def test_a_killed_run_continues_bit_for_bit(stage, llm, stage1_run, stage2_run, 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(llm, stage1_run, tmp_path):
     process = subprocess.Popen(
-        command(1, llm, tmp_path / "run", "--config.run.save_every=1000"), cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command(1, llm, tmp_path / "run", "--config.run.save_every=1000"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300

@@ -1,4 +1,5 @@
 """A folder of clips with captions, and how windows and pictures are cut: real files, and every way to get one wrong."""
+
 import csv
 import json
 import logging

@@ -1,4 +1,5 @@
 """The loader: the same batches whatever the start, process count or workers; bad clips set aside, never hidden."""
+
 import itertools
 import json
 import subprocess

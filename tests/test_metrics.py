@@ -1,4 +1,5 @@
 """Pixel rules on fresh renders and spoiled clips, attributes in texts, intervals, flicker, motion."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +30,9 @@ def spoil(video, blur, noise, rng):
     return np.clip(soft + rng.normal(0, noise, video.shape), 0, 255).round().astype(np.uint8)
 
 
-@pytest.mark.parametrize(("frames", "side", "count"), [(9, 24, 500), (9, 32, 500), (1, 24, 200), (5, 24, 100), (9, 64, 50), (5, 128, 30)])
+@pytest.mark.parametrize(
+    ("frames", "side", "count"), [(9, 24, 500), (9, 32, 500), (1, 24, 200), (5, 24, 100), (9, 64, 50), (5, 128, 30)]
+)
 def test_rules_are_right_on_at_least_99_percent_of_fresh_renders(frames, side, count):
     scores = [score(video, scene) for scene, video in fresh_clips(count, frames, side, seed=side + frames)]
     for name in scores[0]:
@@ -57,11 +60,22 @@ def test_nothing_is_found_where_nothing_is():
 
 def test_every_wrong_attribute_is_noticed():
     video = render(ONE, 9, 32, 32, np.random.default_rng(0))
-    assert score(video, ONE) == dict.fromkeys(("colour", "shape", "direction", "size", "count", "background", "all"), True)
-    for wrong in (dict(colour="blue"), dict(shape="square"), dict(shape="0"), dict(direction="right"), dict(direction="up")):
+    assert score(video, ONE) == dict.fromkeys(
+        ("colour", "shape", "direction", "size", "count", "background", "all"), True
+    )
+    for wrong in (
+        dict(colour="blue"),
+        dict(shape="square"),
+        dict(shape="0"),
+        dict(direction="right"),
+        dict(direction="up"),
+    ):
         result = score(video, Scene((replace(RED_CIRCLE, **wrong),), "black"))
         assert [name for name, held in result.items() if not held] == [*wrong, "all"]
-    assert [name for name, held in score(video, replace(ONE, background="gray")).items() if not held] == ["background", "all"]
+    assert [name for name, held in score(video, replace(ONE, background="gray")).items() if not held] == [
+        "background",
+        "all",
+    ]
     backwards = score(video[::-1], ONE)
     assert not backwards["direction"] and backwards["colour"] and backwards["shape"]
     assert not score(np.repeat(video[:1], 9, 0), ONE)["direction"]
@@ -72,10 +86,17 @@ def test_a_speck_is_no_thing_but_a_second_circle_is():
     speck = video.copy()
     speck[:, :2, :2] = (30, 70, 240)
     assert score(speck, ONE)["count"]
-    other = render(Scene((replace(RED_CIRCLE, colour="green"), replace(RED_CIRCLE, direction="right")), "black"), 9, 32, 32,
-                   np.random.default_rng(0))
+    other = render(
+        Scene((replace(RED_CIRCLE, colour="green"), replace(RED_CIRCLE, direction="right")), "black"),
+        9,
+        32,
+        32,
+        np.random.default_rng(0),
+    )
     assert not score(other, ONE)["count"] and len(read_scene(other).things) == 2
-    twins = render(Scene((RED_CIRCLE, replace(RED_CIRCLE, direction="right")), "black"), 9, 32, 32, np.random.default_rng(0))
+    twins = render(
+        Scene((RED_CIRCLE, replace(RED_CIRCLE, direction="right")), "black"), 9, 32, 32, np.random.default_rng(0)
+    )
     assert sorted(thing.direction for thing in read_scene(twins).things) == ["left", "right"]
 
 
@@ -108,18 +129,29 @@ def test_things_are_compared_by_their_best_assignment(found, wrong):
 
 def test_only_attributes_asked_for_are_scored():
     asked = replace(TWO, asked=frozenset({"colour", "shape", "count"}))
-    assert compare(reading(CIRCLE, SEVEN, background="none"), asked) == dict(colour=True, shape=True, count=True, all=True)
+    assert compare(reading(CIRCLE, SEVEN, background="none"), asked) == dict(
+        colour=True, shape=True, count=True, all=True
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "things", "background"),
     [
-        ("A large red circle moves to the left across a plain black background at a steady speed.",
-         [("circle", "red", "large", "left")], "black"),
-        ("A blue number 7 moves up and a small green square moves down on a plain grey background.",
-         [("7", "blue", "none", "up"), ("square", "green", "small", "down")], "gray"),
-        ("a red circle and a blue square move downwards", [("circle", "red", "none", "down"), ("square", "blue", "none", "down")],
-         "none"),
+        (
+            "A large red circle moves to the left across a plain black background at a steady speed.",
+            [("circle", "red", "large", "left")],
+            "black",
+        ),
+        (
+            "A blue number 7 moves up and a small green square moves down on a plain grey background.",
+            [("7", "blue", "none", "up"), ("square", "green", "small", "down")],
+            "gray",
+        ),
+        (
+            "a red circle and a blue square move downwards",
+            [("circle", "red", "none", "down"), ("square", "blue", "none", "down")],
+            "none",
+        ),
         ("A yellow triangle moves from the left to the right.", [("triangle", "yellow", "none", "right")], "none"),
         ("The number seven slides up, then down.", [("7", "none", "none", "none")], "none"),
         ("A green circle, the background is white.", [("circle", "green", "none", "none")], "white"),
@@ -138,8 +170,12 @@ def test_kept_says_what_a_rephrasing_lost():
 
 def test_wilson_intervals_agree_with_published_values():
     """Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
-    for (successes, n), expected in {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611),
-                                     (1, 29): (0.0061, 0.1718)}.items():
+    for (successes, n), expected in {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }.items():
         np.testing.assert_allclose(wilson(successes, n), expected, atol=5e-5)
     assert wilson(20, 20)[1] == 1
     with pytest.raises(ValueError, match="3 successes of 2"):

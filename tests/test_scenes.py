@@ -1,4 +1,5 @@
 """The scenes data: its split, its balance, its determinism, and what the renderer draws."""
+
 from collections import Counter
 from itertools import product
 

@@ -1,4 +1,5 @@
 """The step: what it may change, what it must not, and that packing, meshes and cached states change no number."""
+
 import re
 
 import jax
@@ -75,8 +76,12 @@ def close(a, b, scale):
 
 
 def assert_same_gradients(before, first, second):
-    moved = {name: np.asarray(leaf) - np.asarray(named_leaves(before)[name]) for name, leaf in named_leaves(first).items()}
-    other = {name: np.asarray(leaf) - np.asarray(named_leaves(before)[name]) for name, leaf in named_leaves(second).items()}
+    moved = {
+        name: np.asarray(leaf) - np.asarray(named_leaves(before)[name]) for name, leaf in named_leaves(first).items()
+    }
+    other = {
+        name: np.asarray(leaf) - np.asarray(named_leaves(before)[name]) for name, leaf in named_leaves(second).items()
+    }
     scale = max(np.abs(value).max() for value in moved.values())
     assert scale > 0
     # one fp32 rounding of the parameter itself, which the difference above carries
@@ -87,7 +92,9 @@ def assert_same_gradients(before, first, second):
 
 def test_every_leaf_is_trained_and_only_those_chosen_move(model, params):
     state, _, _ = run(model, params, make_batch())
-    still = [name for name, leaf in named_leaves(state.params).items() if np.array_equal(leaf, named_leaves(params)[name])]
+    still = [
+        name for name, leaf in named_leaves(state.params).items() if np.array_equal(leaf, named_leaves(params)[name])
+    ]
     # Adding one vector to all keys adds one number to a query's scores: softmax takes it out, so that bias has no gradient.
     # In the DiT the norm behind the key projection gives it one.
     assert still in ([], ["adapter/blocks/self_attn/key/bias"])
@@ -110,7 +117,9 @@ def test_zero_weight_clips_change_nothing(model, params):
 def test_a_sample_draws_the_same_noise_in_any_batch(model, params):
     """The mean over a batch equals the mean over its halves: the draws follow the sample's index, not its row."""
     batch = make_batch()
-    loss = lambda rows: float(run(model, params, {k: v[rows] if np.ndim(v) else v for k, v in batch.items()})[1]["loss"])
+    loss = lambda rows: float(
+        run(model, params, {k: v[rows] if np.ndim(v) else v for k, v in batch.items()})[1]["loss"]
+    )
     whole = loss(np.arange(8))
     np.testing.assert_allclose(whole, (loss(np.arange(4)) + loss(np.arange(4, 8))) / 2, rtol=1e-6)
     np.testing.assert_allclose(whole, loss(np.arange(8)[::-1].copy()), rtol=1e-6)
@@ -185,13 +194,17 @@ def test_it_learns_64_samples_and_uses_the_condition(model):
     batch = make_batch(frames=1, size=64)
     colours = np.random.default_rng(5).integers(0, 256, (64, 1, 1, 1, 3), dtype=np.uint8)
     batch["video"] = np.broadcast_to(colours, batch["video"].shape).copy()
-    batch["states"] = np.broadcast_to(np.random.default_rng(6).normal(size=(64, 1, D_LLM)), (64, TOKENS, D_LLM)).astype(np.float32)
+    batch["states"] = np.broadcast_to(np.random.default_rng(6).normal(size=(64, 1, D_LLM)), (64, TOKENS, D_LLM)).astype(
+        np.float32
+    )
     state = new_state(model.init(jax.random.key(0)), optimizer)
     step = jax.jit(make_train_step(model, optimizer, drop=0.1, time_mean=1.0, time_std=1.0, ema=0.9))
     for i in range(400):
         state, _ = step(state, {"params": {}}, batch | {"step": np.int32(i)}, jax.random.key(0))
     evaluate = jax.jit(make_eval_step(model), static_argnums=3)
-    losses = lambda states: float(evaluate(state.params, {"params": {}}, batch | {"states": states}, (0.9,), jax.random.key(1)).mean())
+    losses = lambda states: float(
+        evaluate(state.params, {"params": {}}, batch | {"states": states}, (0.9,), jax.random.key(1)).mean()
+    )
     true, shuffled = losses(batch["states"]), losses(np.roll(batch["states"], 1, 0))
     assert true < 0.5 * shuffled
 

@@ -53,8 +53,13 @@ def published(tmp_path_factory):
     merges = [tuple(pair.split(" ")) for pair in fields()["tokenizer.ggml.merges"]]
     specials = [word for word, kind in zip(vocab, fields()["tokenizer.ggml.token_type"]) if kind == 3]
     made = transformers.GPT2Tokenizer(
-        vocab=vocab, merges=merges, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
-        unk_token="<|endoftext|>", additional_special_tokens=specials,
+        vocab=vocab,
+        merges=merges,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        additional_special_tokens=specials,
     )
     parts = tokenizers.pre_tokenizers
     made.backend_tokenizer.pre_tokenizer = parts.Sequence(
@@ -217,7 +222,9 @@ def test_shipped_instructions_can_be_read(name):
 
 def test_an_instruction_file(tmp_path):
     path = tmp_path / "rules.txt"
-    path.write_text("Be brief.\nNote: be kind.\n\nprompt: dog: big\ncaption: A big dog.\n\n prompt: 猫\ncaption: A cat: old.\n")
+    path.write_text(
+        "Be brief.\nNote: be kind.\n\nprompt: dog: big\ncaption: A big dog.\n\n prompt: 猫\ncaption: A cat: old.\n"
+    )
     read = Instruction.read(path)
     assert read == Instruction("Be brief.\nNote: be kind.", (("dog: big", "A big dog."), ("猫", "A cat: old.")))
 

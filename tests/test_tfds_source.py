@@ -1,4 +1,5 @@
 """Datasets prepared by tfds, made here by real builders, read without tensorflow."""
+
 import pickle
 import subprocess
 import sys

@@ -1,4 +1,5 @@
 """Bad configs: every fault is named with its value and the nearest valid choice, before anything compiles."""
+
 import pytest
 from tiny import tiny_config
 

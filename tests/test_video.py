@@ -1,4 +1,5 @@
 """Media in and out: real files, made here by Pillow and ffmpeg, some damaged by hand."""
+
 import errno
 import io
 import struct

@@ -1,4 +1,5 @@
 """A language model of a few thousand random parameters in a Hugging Face folder, and a config that uses it: tests of the whole run."""
+
 import json
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def write_llm(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|pad|>", "<|start|>", "<|end|>"]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: i + len(specials) for i, char in enumerate(alphabet)}, []))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({char: i + len(specials) for i, char in enumerate(alphabet)}, [])
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(specials)
@@ -31,9 +34,20 @@ def write_llm(folder: Path, seed: int = 0) -> Path:
     (folder / "config.json").write_text(
         json.dumps(
             dict(
-                architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab, hidden_size=WIDTH, intermediate_size=MLP,
-                num_hidden_layers=DEPTH, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=WIDTH // HEADS,
-                rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, hidden_act="silu", max_position_embeddings=4096,
+                architectures=["LlamaForCausalLM"],
+                model_type="llama",
+                vocab_size=vocab,
+                hidden_size=WIDTH,
+                intermediate_size=MLP,
+                num_hidden_layers=DEPTH,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KV_HEADS,
+                head_dim=WIDTH // HEADS,
+                rms_norm_eps=1e-5,
+                rope_theta=10000.0,
+                tie_word_embeddings=True,
+                hidden_act="silu",
+                max_position_embeddings=4096,
                 eos_token_id=backend.token_to_id("<|end|>"),
             )
         )

@@ -2,6 +2,7 @@
 
 The split into training and held-out combinations of (shape, colour, direction) is decided here and nowhere else.
 """
+
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,7 +18,10 @@ COLOURS = {  # RGB, [0, 255]; pairwise at least 120 apart, so that blurred pixel
     "purple": (180, 40, 215),
 }
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
-SIZES = {"small": (0.34, 0.38), "large": (0.52, 0.57)}  # range of the diameter, as a fraction of the frame's shorter side
+SIZES = {
+    "small": (0.34, 0.38),
+    "large": (0.52, 0.57),
+}  # range of the diameter, as a fraction of the frame's shorter side
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # steps along (height, width)
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 STILL = "still"  # the direction of things in images
@@ -95,5 +99,7 @@ class SceneDealer:
             chosen.append(self.shapes.deal(lambda c: c[1] != first[1] and c[2] == OPPOSITE[first[2]]))
             chosen = [chosen[i] for i in self.rng.permutation(2)]
         size = self.sizes.deal() if count == 1 else "small"
-        things = [Thing(shape, colour, size, direction if self.moving else STILL) for shape, colour, direction in chosen]
+        things = [
+            Thing(shape, colour, size, direction if self.moving else STILL) for shape, colour, direction in chosen
+        ]
         return Scene(tuple(things), self.backgrounds.deal())

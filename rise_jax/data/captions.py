@@ -2,6 +2,7 @@
 
 Every phrasing belongs to one split: what 'heldout' says was never said in 'train'.
 """
+
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,8 +26,16 @@ class _Phrasings:
 
 _PHRASINGS = {
     ("en", "train"): _Phrasings(
-        ("{n} moving {to}", "{a} moving {to}", "{a} moves {to}", "{n} moves {to}", "{a} going {to}", "{n} goes {to}",
-         "{a} slides {to}", "{n} drifting {to}"),
+        (
+            "{n} moving {to}",
+            "{a} moving {to}",
+            "{a} moves {to}",
+            "{n} moves {to}",
+            "{a} going {to}",
+            "{n} goes {to}",
+            "{a} slides {to}",
+            "{n} drifting {to}",
+        ),
         ("{n}", "{a}", "a picture of {a}", "there is {a}"),
         (" on a {bg} background", ", {bg} background", " on {bg}"),
     ),
@@ -68,12 +77,24 @@ _PHRASINGS = {
 }
 _AND = {"en": " and ", "es": " y ", "fr": " et ", "de": " und "}
 _DIRECTIONS = {
-    "en": {"left": ("left", "to the left"), "right": ("right", "to the right"), "up": ("up", "upwards"),
-           "down": ("down", "downwards")},
-    "es": {"left": ("a la izquierda", "hacia la izquierda"), "right": ("a la derecha", "hacia la derecha"),
-           "up": ("hacia arriba",), "down": ("hacia abajo",)},
-    "fr": {"left": ("à gauche", "vers la gauche"), "right": ("à droite", "vers la droite"), "up": ("vers le haut",),
-           "down": ("vers le bas",)},
+    "en": {
+        "left": ("left", "to the left"),
+        "right": ("right", "to the right"),
+        "up": ("up", "upwards"),
+        "down": ("down", "downwards"),
+    },
+    "es": {
+        "left": ("a la izquierda", "hacia la izquierda"),
+        "right": ("a la derecha", "hacia la derecha"),
+        "up": ("hacia arriba",),
+        "down": ("hacia abajo",),
+    },
+    "fr": {
+        "left": ("à gauche", "vers la gauche"),
+        "right": ("à droite", "vers la droite"),
+        "up": ("vers le haut",),
+        "down": ("vers le bas",),
+    },
     "de": {"left": ("nach links",), "right": ("nach rechts",), "up": ("nach oben",), "down": ("nach unten",)},
 }
 _BACKGROUNDS = {

@@ -1,4 +1,5 @@
 """Renders a scene as a clip: anti-aliased shapes and real handwritten digits, at sub-pixel positions, in numpy."""
+
 from functools import cache
 
 import numpy as np

@@ -11,6 +11,7 @@ DIR holds `metadata.jsonl` or `metadata.csv` (UTF-8, one row per clip) with the 
 Each row needs a prompt or a caption. Where no long form is given, the frozen LLM writes it. Without `split`, 5 % of the
 clips are held out, at least one of two or more, by a hash of their names.
 """
+
 import csv
 import hashlib
 import json

@@ -3,6 +3,7 @@
 Batch i is a function of (seed, i): epoch e is permutation e of the items, and batches run across the edges of epochs.
 Row r of batch i is sample i * batch_size + r of the run; that number seeds what varies within the sample.
 """
+
 import contextlib
 import json
 import math

@@ -1,4 +1,5 @@
 """`data.source` and its settings -> a source."""
+
 import difflib
 
 from rise_jax.data.folder import FolderSource

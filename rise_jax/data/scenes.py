@@ -1,4 +1,5 @@
 """The embedded data set: clips rendered on the fly, a bounded list of texts, deterministic in (seed, index)."""
+
 import numpy as np
 
 from rise_jax.data.attributes import Scene, SceneDealer
@@ -27,8 +28,16 @@ class ScenesSource:
         ValueError: a value out of range; the message names the nearest valid one.
     """
 
-    def __init__(self, split: str = "train", num_texts: int = 768, frames: int = 9, height: int = 32, width: int = 32,
-                 seed: int = 0, length: int | None = None):
+    def __init__(
+        self,
+        split: str = "train",
+        num_texts: int = 768,
+        frames: int = 9,
+        height: int = 32,
+        width: int = 32,
+        seed: int = 0,
+        length: int | None = None,
+    ):
         _check(split, num_texts, frames, height, width, length)
         self.frames, self.height, self.width, self.seed = frames, height, width, seed
         self.shape = (frames, height, width, 3)

@@ -1,4 +1,5 @@
 """What the loader asks of a source of clips, and the helpers that sources share. numpy only."""
+
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol

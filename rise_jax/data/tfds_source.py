@@ -8,6 +8,7 @@ The dataset is stored as ArrayRecord (`file_format='array_record'`) and has the 
 
 Its split 'train' is used for training, 'validation' or else 'test' as held out.
 """
+
 from pathlib import Path
 
 import numpy as np

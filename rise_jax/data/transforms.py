@@ -1,4 +1,5 @@
 """From media of any size and rate to clips of one: which moments are taken, and which part of the picture."""
+
 import os
 
 import numpy as np

@@ -4,6 +4,7 @@ The same module is the tiny model on a laptop and, with published weights, Wan2.
 rotary positions, ungated cross-attention to the text, modulated MLP. Text enters zero-padded to a fixed length without a mask, as Wan
 was trained. Cross-attention keys and values depend on the text alone, so `kv` computes them once per video.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,7 +148,9 @@ class DiT(nnx.Module):
         self.time_up = nnx.Linear(FREQUENCIES, width, dtype=jnp.float32, kernel_init=small, rngs=rngs)
         self.time_down = nnx.Linear(width, width, dtype=jnp.float32, kernel_init=small, rngs=rngs)
         self.time_rows = nnx.Linear(width, 6 * width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
-        self.blocks = stack(lambda *, rngs: Block(width, mlp_width, heads, eps=eps, dtype=dtype, rngs=rngs), depth, rngs)
+        self.blocks = stack(
+            lambda *, rngs: Block(width, mlp_width, heads, eps=eps, dtype=dtype, rngs=rngs), depth, rngs
+        )
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width)) / width**0.5)
         self.out_norm = _norm(width, eps, False, rngs)
         self.patch_out = nnx.Linear(width, patch_values, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs)
@@ -173,9 +176,7 @@ class DiT(nnx.Module):
         time = self.time_down(nnx.silu(self.time_up(sinusoid(TIME_SCALE * t, FREQUENCIES))))
         rows = self.time_rows(nnx.silu(time)).reshape(time.shape[0], 6, -1)
 
-        x, _ = scan_blocks(
-            self.blocks, lambda block, x, kv: (block(x, rows, rope, kv), None), x, kv, remat=self.remat
-        )
+        x, _ = scan_blocks(self.blocks, lambda block, x, kv: (block(x, rows, rope, kv), None), x, kv, remat=self.remat)
         shift, scale = jnp.split(self.modulation[...] + time[:, None], 2, axis=1)
         x = _modulate(self.out_norm(x), scale, shift, self.dtype)
         return unpatchify(self.patch_out(x), grid, self.patch).astype(jnp.float32)

@@ -1,4 +1,5 @@
 """What every model shares: stacked blocks run in one scan, and the one attention function."""
+
 from collections.abc import Callable
 
 import jax

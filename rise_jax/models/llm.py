@@ -3,6 +3,7 @@
 Layers are stacked and run in one scan. The key/value cache is an argument and a result: a call takes the `Past` parts that stand
 before its tokens and returns one more `Past`, holding its own tokens. A part of batch 1 (the instruction) is shared by all rows.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -99,7 +100,9 @@ class LLM(nnx.Module):
         self.blocks = stack(partial(Block, config, dtype=dtype), config.depth, rngs)
         self.final_norm = _norm(config, dtype, rngs)
         if not config.tied:
-            self.head = nnx.Linear(config.width, config.vocab, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+            self.head = nnx.Linear(
+                config.width, config.vocab, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
+            )
 
     @typed
     def __call__(
@@ -171,7 +174,10 @@ def attend(query: Array, parts: list[tuple[Array, Array]], masks: list[Array]) -
         scores.append(jnp.where(mask[:, None, None], raw, lowest))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     ends = [sum(score.shape[-1] for score in scores[: i + 1]) for i in range(len(scores) - 1)]
-    mixed = [_shared("bkgsl,bkld->bskgd", weight, value) for weight, (_, value) in zip(jnp.split(weights, ends, axis=-1), parts)]
+    mixed = [
+        _shared("bkgsl,bkld->bskgd", weight, value)
+        for weight, (_, value) in zip(jnp.split(weights, ends, axis=-1), parts)
+    ]
     return sum(mixed).reshape(query.shape)
 
 

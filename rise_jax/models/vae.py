@@ -2,6 +2,7 @@
 
 `Pixels` is the exact one: space-time-to-depth with the time geometry of Wan's VAE, so that images (T = 1) need no special path.
 """
+
 import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
@@ -20,7 +21,9 @@ class Pixels(nnx.Module):
     def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F H W 12"]:
         """[-1, 1] video with T = 4n+1 -> latents in [-1, 1]."""
         first = jnp.repeat(video[:, :1], self.time_stride, axis=1)
-        return rearrange(jnp.concatenate([first, video[:, 1:]], axis=1), "b (f k) h w c -> b f h w (k c)", k=self.time_stride)
+        return rearrange(
+            jnp.concatenate([first, video[:, 1:]], axis=1), "b (f k) h w c -> b f h w (k c)", k=self.time_stride
+        )
 
     @typed
     def decode(self, latents: Float[Array, "B F H W 12"]) -> Float[Array, "B T H W 3"]:
