@@ -9,9 +9,9 @@ import difflib
 PRESETS = {
     # 2 CPU cores; docs/tiny.md has the trials behind these numbers.
     "tiny": dict(
-        adapter=dict(kind="refiner", d_ctx=128, width=192, depth=2, heads=4, registers=4, time_cond="off"),
-        dit=dict(width=192, mlp_width=768, heads=4, depth=6, patch=(1, 4, 4), text_len=64, remat=False),
-        llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=56),
+        adapter=dict(kind="refiner", d_ctx=128, width=128, depth=2, heads=4, registers=4, time_cond="off"),
+        dit=dict(width=128, mlp_width=512, heads=4, depth=6, patch=(1, 4, 4), text_len=44, remat=False),
+        llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=40),
         dtype="float32",
         frames=9,
         height=24,

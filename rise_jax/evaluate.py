@@ -15,7 +15,6 @@ from rise_jax import metrics
 from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
-from rise_jax.language import Rephrasings
 from rise_jax.pipeline import Pipeline
 from rise_jax.step import make_eval_step
 from rise_jax.validate import validate
@@ -46,7 +45,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
         "motion_energy": float(np.mean([metrics.motion_energy(video) for video in videos])),
     }
     if config.data.source == "scenes":
-        deaf = Rephrasings(np.zeros_like(heard.states), heard.mask, heard.texts)
+        deaf = heard._replace(states=np.zeros_like(heard.states))
         unheard = pipe.render(deaf, seeds, **settings)
         result |= scene_scores(videos, unheard, heard.texts, source.scenes[: len(prompts)])
     write_json(workdir / "evaluation.json", result)
@@ -85,14 +84,15 @@ def intervals(scores: list[dict[str, bool]]) -> dict[str, list[float]]:
 
 def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int) -> dict:
     """Denoising loss per time on held-out clips, with their own states, with another clip's, and with none."""
-    texts = complete(source.texts, pipe.language, workdir / "captions-heldout.jsonl")
-    states, mask = pipe.language.teach(texts)
     size = min(batch_size, len(source))
     batch = next(make_loader(source, batch_size=size, seed=0, quarantine_file=workdir / "quarantine.jsonl"))
+    pairs = complete([source.texts[i] for i in batch["text"]], pipe.language, workdir / "captions-heldout.jsonl")
+    states, mask = pipe.language.teach(pairs)
     step = jax.jit(partial(_mean_loss, make_eval_step(pipe.model)))
-    rows = {"true": batch["text"], "shuffled": np.roll(batch["text"], 1)}
-    given = {name: (states[text], mask[text]) for name, text in rows.items()} | {
-        "zeroed": (np.zeros_like(states[batch["text"]]), mask[batch["text"]])
+    given = {
+        "true": (states, mask),
+        "shuffled": (np.roll(states, 1, axis=0), np.roll(mask, 1, axis=0)),
+        "zeroed": (np.zeros_like(states), mask),
     }
     clips = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.int32)}
     losses = {

@@ -22,15 +22,26 @@ from rise_jax.weights import load_llm
 
 INSTRUCTIONS = Path(__file__).parent / "instructions"
 BATCH = 32  # texts per call
-WIDTHS = 16  # padded lengths are multiples of this: few shapes to compile, little padding to compute
+WIDTHS = 8  # padded lengths are multiples of this: few shapes to compile, little padding to compute
 
 
 class Rephrasings(NamedTuple):
-    """Host arrays of n prompts: states float32 [n, R, d_llm], mask bool [n, R], and the texts they spell."""
+    """Of n prompts: states float32 [n, R, d_llm], mask bool [n, R], token ids without the end token, and the texts they spell."""
 
     states: np.ndarray
     mask: np.ndarray
+    tokens: list[list[int]]
     texts: list[str]
+
+
+class Pair(NamedTuple):
+    """A prompt and the token ids of its rephrasing: those of a given text, or the very ids that the LLM wrote.
+
+    Ids, because encoding a decoded text again may give other ones, and with them other states than in use.
+    """
+
+    prompt: str
+    tokens: list[int]
 
 
 class Language:
@@ -63,26 +74,33 @@ class Language:
         ids = jnp.asarray(self.prompter.prefix_ids, jnp.int32)
         return jax.jit(partial(rephrase.encode_prefix, self.llm))(self.params, ids)
 
-    def tokens(self, texts: Sequence[Text]) -> dict[str, np.ndarray]:
-        """Padded ids and masks of complete texts: what the step needs to compute states itself.
+    def pair(self, text: Text) -> Pair:
+        """A text whose rephrasing is given. Raises ValueError when that has more tokens than `max_new`."""
+        ids = self.prompter.rephrased_ids(text.rephrased)
+        if len(ids) > self.max_new:
+            raise ValueError(
+                f"a rephrased caption has {len(ids)} tokens, model.llm.max_new={self.max_new} is the limit; "
+                f"raise it to {len(ids)} or shorten the caption: {text.rephrased[:80]!r} ..."
+            )
+        return Pair(text.prompt, ids)
 
-        Raises ValueError for a prompt or a rephrasing over its budget.
-        """
-        prompts = [self.prompter.prompt_ids(text.prompt) for text in texts]
-        answers = [self._answer(text) for text in texts]
+    def tokens(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+        """Padded ids and masks: what the step needs to compute states itself. Raises ValueError for a prompt over its budget."""
+        prompts = [self.prompter.prompt_ids(pair.prompt) for pair in pairs]
+        answers = [pair.tokens for pair in pairs]
         prompt_ids, prompt_mask = left_pad(prompts, self.prompter.width, self._pad)
         rephrased_ids, rephrased_mask = right_pad(answers, self.max_new, self._pad)
         return dict(
             prompt_ids=prompt_ids, prompt_mask=prompt_mask, rephrased_ids=rephrased_ids, states_mask=rephrased_mask
         )
 
-    def teach(self, texts: Sequence[Text], *, progress=iter) -> tuple[np.ndarray, np.ndarray]:
-        """Teacher-forced states float32 [n, max_new, d_llm] and mask bool [n, max_new] of complete texts."""
-        table = self.tokens(texts)
+    def teach(self, pairs: Sequence[Pair], *, progress=iter) -> tuple[np.ndarray, np.ndarray]:
+        """Teacher-forced states float32 [n, max_new, d_llm] and mask bool [n, max_new]."""
+        table = self.tokens(pairs)
         prompt_lengths, lengths = table["prompt_mask"].sum(1), table["states_mask"].sum(1)
         order = np.lexsort((lengths, _rounded(prompt_lengths)))
-        states = np.zeros((len(texts), self.max_new, self.width), np.float32)
-        for start in progress(range(0, len(texts), BATCH)):
+        states = np.zeros((len(pairs), self.max_new, self.width), np.float32)
+        for start in progress(range(0, len(pairs), BATCH)):
             rows = order[start : start + BATCH]
             padded = np.resize(rows, BATCH)
             p = min(_rounded(prompt_lengths[rows].max()), self.prompter.width)
@@ -126,7 +144,8 @@ class Language:
                 [np.asarray(array)[: len(rows)] for array in (out.states.astype(jnp.float32), out.mask, out.tokens)]
             )
         states, mask, tokens = (np.concatenate(arrays) for arrays in zip(*parts))
-        return Rephrasings(states, mask, [self.prompter.text(row[keep]) for row, keep in zip(tokens, mask)])
+        kept = [row[keep].tolist() for row, keep in zip(tokens, mask)]
+        return Rephrasings(states, mask, kept, [self.prompter.text(ids) for ids in kept])
 
     def states_in_step(self, frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         """For the step: (states, mask) from `tokens` rows in the batch and {"llm": params, "prefix": ...} in `frozen`."""
@@ -144,15 +163,6 @@ class Language:
     @property
     def _pad(self) -> int:
         return self.prompter.tokenizer.pad
-
-    def _answer(self, text: Text) -> list[int]:
-        ids = self.prompter.rephrased_ids(text.rephrased)
-        if len(ids) > self.max_new:
-            raise ValueError(
-                f"a rephrased caption has {len(ids)} tokens, model.llm.max_new={self.max_new} is the limit; "
-                f"raise it to {len(ids)} or shorten the caption: {text.rephrased[:80]!r} ..."
-            )
-        return ids
 
 
 def states_in_batch(frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:

@@ -121,12 +121,12 @@ def _source_settings(config: ConfigDict) -> dict:
 
 def _conditions(config, workdir, source, language, mesh) -> tuple[dict, dict]:
     """(per-text rows that go with a batch, frozen inputs of the step)."""
-    texts = complete(source.texts, language, workdir / "captions.jsonl")
+    pairs = complete(source.texts, language, workdir / "captions.jsonl")
     if config.data.states == "cached":
-        states, mask = cached_states(texts, language, workdir / "states.npz")
+        states, mask = cached_states(pairs, language, workdir / "states.npz")
         return dict(states=states, states_mask=mask), {}
     llm = jax.device_put(language.params, shardings(language.params, mesh))
-    return language.tokens(texts), {"llm": llm, "prefix": language.prefix}
+    return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}
 
 
 def _state(config, workdir, checkpoints, model, optimizer, llm, mesh):

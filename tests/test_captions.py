@@ -2,14 +2,16 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import rise_jax
 from rise_jax.data import captions
-from rise_jax.data.attributes import COLOURS, DIRECTIONS, SHAPES, Scene, SceneDealer, Thing
+from rise_jax.data.attributes import COLOURS, DIGITS, DIRECTIONS, SHAPES, Scene, SceneDealer, Thing, is_held_out
 from rise_jax.data.scenes import ScenesSource
-from rise_jax.metrics import kept
+from rise_jax.metrics import attributes_in_text, kept
 
 BLUE_SQUARE = Thing("square", "blue", "large", "left")
 RED_SEVEN = Thing("7", "red", "small", "up")
@@ -60,16 +62,16 @@ def test_prompts_name_what_they_are_said_to_ask_for(language, split):
     rng = np.random.default_rng(0)
     dealer = SceneDealer(split, True, rng)
     spoken = {  # written out again, so that a wrong word in the tables shows
-        "en": ("red green blue yellow purple", "circle square triangle", "black gray white"),
-        "es": ("rojo verde azul amarillo violeta", "círculo cuadrado triángulo", "negro gris blanco"),
-        "fr": ("rouge vert bleu jaune violet", "cercle carré triangle", "noir gris blanc"),
-        "de": ("rot grün blau gelb violett", "Kreis Quadrat Dreieck", "schwarzem grauem weißem"),
+        "en": ("red blue green yellow purple", "circle square triangle", "black gray white"),
+        "es": ("rojo azul verde amarillo violeta", "círculo cuadrado triángulo", "negro gris blanco"),
+        "fr": ("rouge bleu vert jaune violet", "cercle carré triangle", "noir gris blanc"),
+        "de": ("rot blau grün gelb violett", "Kreis Quadrat Dreieck", "schwarzem grauem weißem"),
     }[language]
     ways = {
-        "en": "left right up down",
-        "es": "izquierda derecha arriba abajo",
-        "fr": "gauche droite haut bas",
-        "de": "links rechts oben unten",
+        "en": "right left up down",
+        "es": "derecha izquierda arriba abajo",
+        "fr": "droite gauche haut bas",
+        "de": "rechts links oben unten",
     }[language].split()
     colours, shapes, backgrounds = (words.split() for words in spoken)
     for _ in range(100):
@@ -114,3 +116,17 @@ def test_the_mix_of_languages_and_of_dense_prompts():
     english = [text for text in source.texts if text.rephrased is not None]
     assert not any(re.search("[áéíóúüñßà]| nach | va ", text.prompt) for text in english)
     assert not any(text.prompt == text.rephrased for text in ScenesSource("heldout", num_texts=300).texts)
+
+
+def test_the_instruction_shows_no_held_out_combination_and_no_list_of_values():
+    path = Path(rise_jax.__file__).parent / "instructions" / "scenes.txt"
+    shown = [
+        thing
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("caption: ")
+        for thing in attributes_in_text(line).things
+    ]
+    assert len(shown) >= 8
+    assert not any(is_held_out(t.shape, t.colour, t.direction) for t in shown if t.direction in DIRECTIONS)
+    assert {thing.colour for thing in shown} < set(COLOURS)
+    assert len({thing.shape for thing in shown} & set(DIGITS)) <= 2

@@ -170,3 +170,9 @@ def test_digits_are_real_and_varied():
 def test_values_out_of_range_are_refused_with_the_nearest_valid_one(wrong, message):
     with pytest.raises(ValueError, match=message):
         ScenesSource(**wrong)
+
+
+def test_no_colour_is_near_another_or_near_a_background():
+    palette = np.array([*COLOURS.values(), *BACKGROUNDS.values()], float)
+    distance = np.linalg.norm(palette[:, None] - palette[None], axis=-1)
+    assert distance[~np.eye(len(palette), dtype=bool)].min() >= 120

@@ -12,8 +12,8 @@ SHAPES = ("circle", "square", "triangle")
 DIGITS = tuple("0123456789")
 COLOURS = {  # RGB, [0, 255]; pairwise at least 120 apart, so that blurred pixels still have one nearest colour
     "red": (230, 30, 30),
-    "green": (25, 190, 50),
     "blue": (30, 70, 240),
+    "green": (25, 190, 50),
     "yellow": (250, 225, 30),
     "purple": (180, 40, 215),
 }
@@ -22,7 +22,7 @@ SIZES = {
     "small": (0.34, 0.38),
     "large": (0.52, 0.57),
 }  # range of the diameter, as a fraction of the frame's shorter side
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # steps along (height, width)
+DIRECTIONS = {"right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0)}  # steps along (height, width)
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 STILL = "still"  # the direction of things in images
 TWO_THINGS = 0.25  # share of the scenes

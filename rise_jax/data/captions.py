@@ -40,9 +40,9 @@ _PHRASINGS = {
         (" on a {bg} background", ", {bg} background", " on {bg}"),
     ),
     ("en", "heldout"): _Phrasings(
-        ("{a} travels {to}", "{n} traveling {to}", "{a} that moves {to}", "{a} is moving {to}", "{n} that goes {to}"),
+        ("{a} travels {to}", "{n} traveling {to}", "{a} that moves {to}", "{a} is moving {to}", "{n} that moves {to}"),
         ("an image of {a}", "one sees {a}"),
-        (" against a {bg} background", " over a {bg} background", " with a {bg} background"),
+        (" against a {bg} background", " over a {bg} background"),
     ),
     ("es", "train"): _Phrasings(
         ("{a} se mueve {to}", "{n} se mueve {to}", "{a} va {to}", "{n} va {to}"),
