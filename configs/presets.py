@@ -18,8 +18,8 @@ PRESETS = {
         width=24,
         texts=768,
         states="cached",
-        stage1=dict(steps=1500, batch_size=64, learning_rate=1e-3),
-        stage2=dict(steps=4000, batch_size=32, learning_rate=1e-3),
+        stage1=dict(steps=1500, batch_size=32, learning_rate=1e-3),
+        stage2=dict(steps=4000, batch_size=16, learning_rate=1e-3),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.
     "small": dict(

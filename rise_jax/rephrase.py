@@ -66,39 +66,42 @@ def rephrase(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     keys: Array | None = None,
+    unroll: bool = False,
 ) -> Rephrased:
     """Continues left-padded prompts by at most `max_new` tokens and keeps the state that emitted each one.
 
     Greedy at temperature 0. Otherwise `keys` [B] holds one random key per row (fold the row's global index into one key), so that
     a row's tokens do not depend on how rows are packed in batches. `repetition_penalty` (CTRL, arXiv 1909.05858, section 4.1) counts
     generated tokens only, never the prompt's.
+
+    `unroll` runs the layers of the decoding loop one by one, for a CPU that decodes the same shapes many times: a scan copies each
+    layer's weights for every token (measured: 1.7x the time per token at batch 1, 1.3x at batch 8). In exchange compiling takes
+    three times as long, and a second copy of the weights is held.
     """
     if temperature > 0 and keys is None:
         raise ValueError(
             f"temperature={temperature} draws tokens and needs keys, one per row; use temperature=0 for greedy"
         )
     model = llm(params)
-    states, prompt = model(prompt_ids, prompt_mask, _positions(prefix, prompt_mask), (prefix,))
+    batch, prompt_width = prompt_ids.shape
+    states, past = model(prompt_ids, prompt_mask, _positions(prefix, prompt_mask), (prefix,))
+    past, layers = past.extended(max_new), None
+    if unroll:
+        prefix, past, layers = prefix.unrolled(), past.unrolled(), model.unrolled()
     start = prefix.mask.shape[1] + prompt_mask.sum(axis=1)
     choose = _Chooser(model, tuple(eos), pad, temperature, top_p, repetition_penalty, keys)
-    first = choose(states[:, -1], jnp.zeros(len(prompt_ids), bool), choose.nothing_seen(len(prompt_ids)), 0)
+    first = choose(states[:, -1], jnp.zeros(batch, bool), choose.nothing_seen(batch), 0)
 
     def step(carry, i):
-        picked, key, value = carry
-        generated = Past(key, value, (jnp.arange(max_new) < i)[None])
-        past = (prefix, prompt, generated)
-        read = lambda: _read_one(model, picked.token, start + i, past)
-        # Once every row has ended nothing is read any more; the caches stay out of the branch, which would copy them.
+        picked, past = carry
+        read = lambda: _read_one(model, picked.token, start + i, (prefix, past), layers)
+        # Once every row has ended nothing is read any more. The cache is written outside: a branch would copy it.
         skip = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(read))
-        state, new_key, new_value = jax.lax.cond(picked.done.all(), skip, read)
-        key = jax.lax.dynamic_update_slice_in_dim(key, new_key, i, axis=3)
-        value = jax.lax.dynamic_update_slice_in_dim(value, new_value, i, axis=3)
+        state, new = jax.lax.cond(picked.done.all(), skip, read)
         following = choose(state, picked.done, picked.seen, i + 1)
-        return (following, key, value), following.emitted
+        return (following, past.written(new, prompt_width + i)), following.emitted
 
-    depth, batch, kv_heads, _, width = prompt.key.shape
-    empty = jnp.zeros((depth, batch, kv_heads, max_new, width), prompt.key.dtype)
-    _, rest = jax.lax.scan(step, (first, empty, empty), jnp.arange(max_new - 1))
+    _, rest = jax.lax.scan(step, (first, past), jnp.arange(max_new - 1))
     return Rephrased(*(jnp.concatenate([a[None], b]).swapaxes(0, 1) for a, b in zip(first.emitted, rest)))
 
 
@@ -152,6 +155,6 @@ def _positions(prefix: Past, mask: Array) -> Array:
     return prefix.mask.shape[1] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
-def _read_one(model: LLM, token: Array, position: Array, past: tuple[Past, ...]) -> tuple[Array, Array, Array]:
-    states, new = model(token[:, None], jnp.ones((len(token), 1), bool), position[:, None], past)
-    return states[:, 0], new.key, new.value
+def _read_one(model: LLM, token: Array, position: Array, past: tuple[Past, ...], layers) -> tuple[Array, Past]:
+    states, new = model(token[:, None], jnp.ones((len(token), 1), bool), position[:, None], past, layers=layers)
+    return states[:, 0], new

@@ -33,7 +33,10 @@ class WeightFile(Protocol):
 
 
 class LoadedLLM(NamedTuple):
-    """A language model as read from disk. `params` is a nested dict of host arrays; `identity` holds path, format, sha256, parameters."""
+    """A language model as read from disk. `params` is a nested dict of host arrays.
+
+    `identity` holds path, format, sha256 of the weight files, and the number of parameters.
+    """
 
     config: LLMConfig
     params: dict
@@ -43,7 +46,10 @@ class LoadedLLM(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one published tensor goes: path in the tree, the layer of a stacked leaf, transposed or not, rows of RoPE permuted or not."""
+    """Where one published tensor goes: path in the tree, layer of a stacked leaf, transposed or not.
+
+    `permuted_heads` is the number of heads whose rotary rows are to be put back in order; 0 where they are.
+    """
 
     path: str
     layer: int | None = None

@@ -82,7 +82,7 @@ class FolderFile:
         self.path = path
         self._settings = self._json("config.json")
         self._shards = {name: self._open(name) for name in self._shard_names()}
-        self._owner = {key: shard for shard in self._shards.values() for key in shard.keys()}
+        self._owner = {key: shard for shard in self._shards.values() for key in shard.keys()}  # noqa: SIM118 (safe_open is no dict)
         self.names = {key: tuple(shard.get_slice(key).get_shape()) for key, shard in self._owner.items()}
 
     def config(self) -> LLMConfig:

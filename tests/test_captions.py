@@ -112,7 +112,8 @@ def test_the_mix_of_languages_and_of_dense_prompts():
     source = ScenesSource(num_texts=1000)
     dense = np.mean([text.prompt == text.rephrased for text in source.texts])
     unwritten = np.mean([text.rephrased is None for text in source.texts])
-    assert 0.1 < dense < 0.2 and 0.2 < unwritten < 0.32
+    assert abs(dense - captions.SHARE_DENSE) < 0.04
+    assert abs(unwritten - (1 - captions.SHARE_DENSE) * (1 - captions.LANGUAGES["en"])) < 0.04
     english = [text for text in source.texts if text.rephrased is not None]
     assert not any(re.search("[áéíóúüñßà]| nach | va ", text.prompt) for text in english)
     assert not any(text.prompt == text.rephrased for text in ScenesSource("heldout", num_texts=300).texts)

@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 
 import gguf
 import numpy as np
@@ -83,7 +84,7 @@ def byte_pairs(text: str) -> list[int]:
     for piece in regex.findall(r"\p{N}|[^\p{N}]+", text):  # digits one by one, before anything else
         for word in regex.findall(pattern, piece):
             parts = [letters[byte] for byte in word.encode()]
-            while pairs := [pair for pair in zip(parts, parts[1:]) if pair in ranks]:
+            while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
                 best = min(pairs, key=ranks.get)
                 i = next(i for i in range(len(parts)) if tuple(parts[i : i + 2]) == best)
                 parts[i : i + 2] = ["".join(best)]

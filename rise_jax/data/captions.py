@@ -10,7 +10,7 @@ import numpy as np
 from rise_jax.data.attributes import DIGITS, STILL, Scene, Thing
 from rise_jax.data.sources import Text
 
-LANGUAGES = {"en": 0.70, "es": 0.10, "fr": 0.10, "de": 0.10}  # share of the prompts
+LANGUAGES = {"en": 0.76, "es": 0.08, "fr": 0.08, "de": 0.08}  # share of the prompts
 SHARE_DENSE = 0.15  # training prompts that are the long caption itself
 NAMES_BACKGROUND, NAMES_SIZE = 0.5, 0.4  # chance that a short prompt names it
 

@@ -139,14 +139,14 @@ class DiT(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        small, xavier = nnx.initializers.normal(0.02), nnx.initializers.xavier_uniform()
+        xavier = nnx.initializers.xavier_uniform()
         self.patch, self.text_len, self.heads, self.remat, self.dtype = tuple(patch), text_len, heads, remat, dtype
         patch_values = channels * int(np.prod(patch))
         self.patch_in = nnx.Linear(patch_values, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
-        self.text_up = nnx.Linear(d_ctx, width, dtype=dtype, kernel_init=small, rngs=rngs)
-        self.text_down = nnx.Linear(width, width, dtype=dtype, kernel_init=small, rngs=rngs)
-        self.time_up = nnx.Linear(FREQUENCIES, width, dtype=jnp.float32, kernel_init=small, rngs=rngs)
-        self.time_down = nnx.Linear(width, width, dtype=jnp.float32, kernel_init=small, rngs=rngs)
+        self.text_up = nnx.Linear(d_ctx, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.text_down = nnx.Linear(width, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.time_up = nnx.Linear(FREQUENCIES, width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
+        self.time_down = nnx.Linear(width, width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
         self.time_rows = nnx.Linear(width, 6 * width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
         self.blocks = stack(
             lambda *, rngs: Block(width, mlp_width, heads, eps=eps, dtype=dtype, rngs=rngs), depth, rngs

@@ -1,0 +1,76 @@
+"""Captions and states that are made once: the same as in use, kept with what they depend on, refused when that has changed."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import write_llm
+
+from rise_jax.conditions import cached_states, complete
+from rise_jax.data.sources import Text
+from rise_jax.language import Language
+
+SETTINGS = dict(instruction="scenes", dtype="float32", max_prompt=60, max_new=24)
+TEXTS = [Text("a red circle", "A red circle."), Text("un cercle", None), Text("ein Kreis auf Weiß, klein", None)]
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    return Language(path=str(write_llm(tmp_path_factory.mktemp("llm"))), **SETTINGS)
+
+
+def test_written_captions_give_training_the_states_of_use(language, tmp_path):
+    """Teacher forcing on what the LLM wrote equals what decoding kept, prompt by prompt."""
+    pairs = complete(TEXTS, language, tmp_path / "captions.jsonl")
+    states, mask = language.teach(pairs)
+    used = language.rephrase([text.prompt for text in TEXTS[1:]])
+    assert used.mask.any()
+    np.testing.assert_array_equal(mask[1:], used.mask)
+    np.testing.assert_allclose(states[1:], used.states, atol=1e-4)
+
+
+def test_given_captions_are_kept_and_written_ones_are_read_back(language, tmp_path):
+    first = complete(TEXTS, language, tmp_path / "captions.jsonl")
+    assert first[0].tokens == language.prompter.rephrased_ids("A red circle.")
+    before = (tmp_path / "captions.jsonl").read_bytes()
+    assert complete(TEXTS, language, tmp_path / "captions.jsonl") == first
+    assert (tmp_path / "captions.jsonl").read_bytes() == before
+    assert len(before.splitlines()) == 3
+
+
+def test_captions_of_another_instruction_are_refused(language, tmp_path):
+    complete(TEXTS, language, tmp_path / "captions.jsonl")
+    lines = (tmp_path / "captions.jsonl").read_text().splitlines()
+    head = json.loads(lines[0])
+    head["llm"]["instruction"] = "0" * 64
+    (tmp_path / "captions.jsonl").write_text("\n".join([json.dumps(head), *lines[1:]]))
+    with pytest.raises(ValueError, match="another LLM or instruction"):
+        complete(TEXTS, language, tmp_path / "captions.jsonl")
+
+
+def test_states_are_kept_and_stale_ones_refused(language, tmp_path):
+    pairs = complete(TEXTS, language, tmp_path / "captions.jsonl")
+    file = tmp_path / "states.npz"
+    states, mask = cached_states(pairs, language, file)
+    stamp = file.stat().st_mtime_ns
+    again, _ = cached_states(pairs, language, file)
+    np.testing.assert_array_equal(states, again)
+    assert file.stat().st_mtime_ns == stamp and mask.sum() == sum(len(pair.tokens) for pair in pairs)
+    with pytest.raises(ValueError, match="holds states of other texts"):
+        cached_states(pairs[:2], language, file)
+
+
+def test_a_text_has_the_same_states_in_any_company(language):
+    """Batch, order and padded width change nothing."""
+    texts = [Text(f"prompt {'x' * n}", "word " * m) for n, m in ((1, 1), (40, 4), (9, 2), (20, 3))]
+    pairs = [language.pair(text) for text in texts]
+    together, mask = language.teach(pairs)
+    for i, pair in enumerate(pairs):
+        alone, own = language.teach([pair])
+        np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
+        np.testing.assert_array_equal(own[0], mask[i])
+
+
+def test_a_caption_over_the_budget_is_refused_with_both_numbers(language):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, model.llm.max_new=24 is the limit; raise it to"):
+        language.pair(Text("a", "long " * 20))
