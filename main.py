@@ -21,7 +21,8 @@ flags.mark_flag_as_required("config")
 def main(_) -> int:
     level = logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for name in ("absl", "jax", "orbax", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
     try:

@@ -10,16 +10,16 @@ PRESETS = {
     # 2 CPU cores; docs/tiny.md has the trials behind these numbers.
     "tiny": dict(
         adapter=dict(kind="refiner", d_ctx=128, width=128, depth=2, heads=4, registers=4, time_cond="off"),
-        dit=dict(width=128, mlp_width=512, heads=4, depth=6, patch=(1, 4, 4), text_len=44, remat=False),
-        llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=40),
+        dit=dict(width=128, mlp_width=512, heads=4, depth=6, patch=(1, 4, 4), text_len=36, remat=False),
+        llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=32),
         dtype="float32",
         frames=9,
         height=24,
         width=24,
-        texts=768,
+        texts=1000,
         states="cached",
-        stage1=dict(steps=1500, batch_size=32, learning_rate=1e-3),
-        stage2=dict(steps=4000, batch_size=16, learning_rate=1e-3),
+        stage1=dict(steps=2000, batch_size=32, learning_rate=2e-3),
+        stage2=dict(steps=4000, batch_size=16, learning_rate=2e-3),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.
     "small": dict(

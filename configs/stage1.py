@@ -47,11 +47,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         dtype=row["dtype"],  # of matrix products; parameters, norms and softmax stay float32
         trainable=(".",),  # path patterns (re.search); the rest is frozen
         prediction="data",  # what the DiT predicts: data | velocity
-        shift=1.0,  # of the time axis, in training and sampling
+        shift=4.0,  # of the time axis, in training and sampling: small pictures show their content only near noise
     )
     config.optim = dict(
         learning_rate=stage["learning_rate"],
-        warmup=100,  # steps
+        warmup=30,  # steps
         decay_from=0,  # linear decay to 1 % between these two steps; 0, 0 = constant
         decay_until=0,
         weight_decay=0.01,

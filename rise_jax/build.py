@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from rise_jax.models.adapter import make_adapter
+from rise_jax.models.adapter import calibrate, make_adapter
 from rise_jax.models.dit import DiT, fit_context
 from rise_jax.models.vae import VAES
 
@@ -22,6 +22,7 @@ class Model:
 
     abstract: dict  # ShapeDtypeStructs of the tree
     init: Callable  # key -> tree
+    calibrate: Callable  # (tree, states, mask) -> tree whose adapter standardises such states
     context: Callable  # (params, states, mask, t) -> [B, text_len, d_ctx]: adapter output, zero-padded
     null: Callable  # params -> [1, text_len, d_ctx]: the learned condition of an empty prompt
     kv: Callable  # (params, context) -> cross-attention keys and values of every block
@@ -105,6 +106,7 @@ def build_model(
     return Model(
         abstract={"adapter": adapter_abstract, "dit": dit_abstract},
         init=init,
+        calibrate=lambda params, states, mask: params | {"adapter": calibrate(params["adapter"], states, mask)},
         context=context,
         null=null,
         kv=lambda params, tokens: nnx.merge(dit_graph, params["dit"]).kv(tokens),

@@ -46,7 +46,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first."""
-        return sorted(self._manager.all_steps(read=True)) if self.directory.is_dir() else []
+        if not self.directory.is_dir():
+            return []
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing; returns once the state is off the devices, so its buffers may be donated.

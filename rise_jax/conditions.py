@@ -30,7 +30,8 @@ def complete(texts: list[Text], language: Language, file: Path) -> list[Pair]:
         lines = [_head(language), *({"prompt": prompt, **known[prompt]} for prompt in sorted(known))]
         write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return [
-        language.pair(text) if text.rephrased is not None else Pair(text.prompt, known[text.prompt]["tokens"]) for text in texts
+        language.pair(text) if text.rephrased is not None else Pair(text.prompt, known[text.prompt]["tokens"])
+        for text in texts
     ]
 
 
@@ -48,7 +49,9 @@ def cached_states(pairs: list[Pair], language: Language, file: Path) -> tuple[np
                     f"{str(saved['fingerprint'])[:12]}, now {fingerprint[:12]}): remove it, or use another --workdir"
                 )
             return saved["states"], saved["mask"]
-    states, mask = language.teach(pairs, progress=lambda steps: tqdm(steps, desc="LLM states", unit="batch"))
+    states, mask = language.teach(
+        pairs, progress=lambda steps: tqdm(steps, desc="LLM states", unit="batch", disable=None)
+    )
     content = io.BytesIO()
     np.savez(content, states=states, mask=mask, fingerprint=fingerprint)
     write_file(file, content.getvalue())
@@ -63,7 +66,7 @@ def fingerprint_of(pairs: list[Pair], language: Language) -> str:
 
 def _write(prompts: list[str], language: Language) -> dict[str, dict]:
     written = language.rephrase(
-        prompts, progress=lambda steps: tqdm(steps, desc="LLM captions", unit="batch")
+        prompts, progress=lambda steps: tqdm(steps, desc="LLM captions", unit="batch", disable=None)
     )
     empty = [prompt for prompt, text in zip(prompts, written.texts) if not text]
     if empty:

@@ -128,4 +128,7 @@ def _print(result: dict, workdir: Path) -> None:
     losses = result["heldout_loss"]
     print("held-out loss: " + ", ".join(f"t={t}: {loss:.4f}" for t, loss in zip(losses["times"], losses["true"])))
     first, last = result["seeds"]
-    print(f"{workdir / 'evaluation.json'} and .png: {result['prompts']} held-out prompts, seeds {first} to {last}", flush=True)
+    print(
+        f"{workdir / 'evaluation.json'} and .png: {result['prompts']} held-out prompts, seeds {first} to {last}",
+        flush=True,
+    )

@@ -1,6 +1,7 @@
 """--mode=generate: prompts -> mp4 (PNG for one frame), the rephrased texts with their seeds, and one contact sheet."""
 
 import json
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -52,11 +53,9 @@ def read_prompts(prompts: str) -> list[str]:
         raise ValueError(
             'no prompt given: --config.sample.prompts="a text", several joined by ||, or a file with one a line'
         )
-    file = Path(prompts) if len(prompts) < 4096 and "\n" not in prompts else None
-    if file and file.is_file():
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or read_prompts(
-            ""
-        )
+    if os.path.isfile(prompts):  # False for a text too long to be a name, where Path.is_file raises
+        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()] or read_prompts("")
     found = [part.strip() for part in prompts.split("||")]
     for number, prompt in enumerate(found, 1):
         if not prompt:

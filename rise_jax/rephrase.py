@@ -74,9 +74,9 @@ def rephrase(
     a row's tokens do not depend on how rows are packed in batches. `repetition_penalty` (CTRL, arXiv 1909.05858, section 4.1) counts
     generated tokens only, never the prompt's.
 
-    `unroll` runs the layers of the decoding loop one by one, for a CPU that decodes the same shapes many times: a scan copies each
-    layer's weights for every token (measured: 1.7x the time per token at batch 1, 1.3x at batch 8). In exchange compiling takes
-    three times as long, and a second copy of the weights is held.
+    `unroll` runs the layers of the decoding loop one by one, for a CPU that decodes the same shapes many times: a scan copies
+    each layer's weights for every token (benchmarks/llm_decode.py: 1.4x the time at batch 1, little at batch 8). In exchange
+    compiling takes three times as long, and a second copy of the weights is held.
     """
     if temperature > 0 and keys is None:
         raise ValueError(

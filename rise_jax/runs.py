@@ -91,10 +91,16 @@ def refuse_random(frozen: dict, provenance: dict[str, str]) -> None:
         )
 
 
-def initial_parameters(model: Model, seed: int, source: Run | None, llm: dict, shardings: Any) -> Parameters:
-    """Random parameters, or those of another run. Raises ValueError when that run heard another LLM or instruction."""
+def initial_parameters(
+    model: Model, seed: int, source: Run | None, llm: dict, heard: tuple, shardings: Any
+) -> Parameters:
+    """Random parameters, calibrated on `heard` (states, mask) of some texts, or those of another run.
+
+    Raises ValueError when that run heard another LLM or instruction.
+    """
     if source is None:
         tree = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
+        tree = jax.jit(model.calibrate, out_shardings=shardings)(tree, *heard)
         return Parameters(tree, dict.fromkeys(named_leaves(tree), RANDOM))
     differing = [key for key in llm if source.meta["llm"].get(key) != llm[key]]
     if differing:

@@ -27,6 +27,7 @@ from rise_jax.workdir import check_workdir, lock_workdir, write_json
 
 LOG = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
+HEARD = 256  # texts whose states calibrate a new adapter
 TAIL = 50  # steps in the final loss of the summary
 
 
@@ -74,7 +75,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     source = open_source(**_source_settings(config))
     language = Language(**config.model.llm)
     with jax.set_mesh(mesh):
-        table, frozen = _conditions(config, workdir, source, language, mesh)
+        table, frozen, heard = _conditions(config, workdir, source, language, mesh)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
         model = model_from(config.model, language.width, states)
         optimizer = make_optimizer(
@@ -87,7 +88,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             decay_until=config.optim.decay_until,
         )
         start, state, frozen["params"], meta = _state(
-            config, workdir, checkpoints, model, optimizer, language.identity, mesh
+            config, workdir, checkpoints, model, optimizer, language.identity, heard, mesh
         )
         step_fn = make_train_step(
             model,
@@ -119,17 +120,17 @@ def _source_settings(config: ConfigDict) -> dict:
     return {name: config.data[name] for name in names} | {"seed": config.run.seed}
 
 
-def _conditions(config, workdir, source, language, mesh) -> tuple[dict, dict]:
-    """(per-text rows that go with a batch, frozen inputs of the step)."""
+def _conditions(config, workdir, source, language, mesh) -> tuple[dict, dict, tuple]:
+    """(per-text rows that go with a batch, frozen inputs of the step, states and mask of some texts)."""
     pairs = complete(source.texts, language, workdir / "captions.jsonl")
     if config.data.states == "cached":
         states, mask = cached_states(pairs, language, workdir / "states.npz")
-        return dict(states=states, states_mask=mask), {}
+        return dict(states=states, states_mask=mask), {}, (states[:HEARD], mask[:HEARD])
     llm = jax.device_put(language.params, shardings(language.params, mesh))
-    return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}
+    return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}, language.teach(pairs[:HEARD])
 
 
-def _state(config, workdir, checkpoints, model, optimizer, llm, mesh):
+def _state(config, workdir, checkpoints, model, optimizer, llm, heard, mesh):
     """(step, state, frozen parameters, meta) of a new run, or of the newest checkpoint."""
     trainable, rest = partition(model.abstract, list(config.model.trainable))
     place = lambda tree: shardings(tree, mesh)
@@ -145,7 +146,7 @@ def _state(config, workdir, checkpoints, model, optimizer, llm, mesh):
     source = runs.read_run(origin, model, optimizer) if origin else None
     if source:
         LOG.info("starting from the EMA of %s, step %d", origin, source.step)
-    params, provenance = runs.initial_parameters(model, config.run.seed, source, llm, place(model.abstract))
+    params, provenance = runs.initial_parameters(model, config.run.seed, source, llm, heard, place(model.abstract))
     trained, frozen = partition(params, list(config.model.trainable))
     runs.refuse_random(frozen, provenance)
     runs.write_frozen(workdir, frozen, provenance)

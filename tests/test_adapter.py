@@ -9,7 +9,7 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from flax import nnx
 
-from rise_jax.models.adapter import ELLA, KINDS, make_adapter
+from rise_jax.models.adapter import ELLA, KINDS, calibrate, make_adapter
 
 D_LLM, D_CTX, WIDTH = 12, 6, 8
 SIZES = dict(refiner=dict(depth=2, heads=2), resampler=dict(depth=2, heads=2, latents=5), mlp={})
@@ -80,9 +80,9 @@ def test_refiner_count_by_arithmetic():
     attention = 4 * (w * w + w)
     mlp = (w * 4 * w + 4 * w) + (4 * w * w + w)
     block = attention + mlp + 2 * 2 * w
-    ends = llm + (llm * w + w) + 2 * w + (w * ctx + ctx) + 2 * ctx
+    ends = 2 * llm + (llm * w + w) + 2 * w + (w * ctx + ctx) + 2 * ctx
     learned = 4 * w + 5 * ctx  # registers, null
-    assert counted("refiner", d_llm=llm, d_ctx=ctx) == 4 * block + ends + learned == 53_283_840
+    assert counted("refiner", d_llm=llm, d_ctx=ctx) == 4 * block + ends + learned == 53_285_888
 
 
 def test_mlp_count_is_lavi_bridge():
@@ -341,3 +341,19 @@ def test_errors():
     states, mask, _ = inputs(7, 4)
     with pytest.raises(ValueError, match="needs the diffusion time"):
         make("refiner", time_cond="adaln")(states, mask)
+
+
+def test_calibration_standardises_the_states_it_was_given():
+    """Channels of very unequal mean and spread reach the projection with mean 0 and variance 1; padding does not count."""
+    rng = np.random.default_rng(0)
+    states = (rng.normal(size=(16, 6, 8)) * np.geomspace(0.1, 10, 8) + 5).astype(np.float32)
+    mask = np.arange(6) < rng.integers(1, 7, (16, 1))
+    states[~mask] = 1e6
+    module = make_adapter(
+        "refiner", d_llm=8, d_ctx=8, width=8, depth=1, heads=2, rngs=nnx.Rngs(params=jax.random.key(0))
+    )
+    graph, params = nnx.split(module)
+    calibrated = nnx.merge(graph, calibrate(nnx.to_pure_dict(params), jnp.asarray(states), jnp.asarray(mask)))
+    normed = np.asarray(calibrated.input_norm(states) + calibrated.input_bias[...])[mask]
+    np.testing.assert_allclose(normed.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(normed.std(0), 1, atol=1e-3)

@@ -14,8 +14,15 @@ PROMPTS = ["a red circle", "ein blaues Quadrat nach oben", "3"]
 def pipe(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(
-        2, write_llm(folder / "llm"), model__adapter__time_cond=request.param, data__frames=5, sample__frames=5, sample__batch_size=2,
-        run__steps=2, mesh__data=1, mesh__fsdp=-1,
+        2,
+        write_llm(folder / "llm"),
+        model__adapter__time_cond=request.param,
+        data__frames=5,
+        sample__frames=5,
+        sample__batch_size=2,
+        run__steps=2,
+        mesh__data=1,
+        mesh__fsdp=-1,
     )
     config.run.batch_size = 8
     assert train(config, folder / "run") == 0
@@ -45,7 +52,9 @@ def test_guidance_1_leaves_the_null_condition_out(pipe):
     """With scale 1 the null branch has weight zero, so its parameter cannot matter."""
     before = pipe(PROMPTS[0], guidance=1.0).videos
     null = pipe.params["adapter"]["null"]
-    changed = Pipeline(pipe.model, {**pipe.params, "adapter": {**pipe.params["adapter"], "null": null + 1}}, pipe.language, pipe.config)
+    changed = Pipeline(
+        pipe.model, {**pipe.params, "adapter": {**pipe.params["adapter"], "null": null + 1}}, pipe.language, pipe.config
+    )
     np.testing.assert_array_equal(changed(PROMPTS[0], guidance=1.0).videos, before)
     assert (changed(PROMPTS[0], guidance=4.0).videos != pipe(PROMPTS[0], guidance=4.0).videos).any()
 

