@@ -48,16 +48,16 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
     return graph, nnx.to_pure_dict(params), init
 
 
-def model_from(config: ConfigDict, d_llm: int, states: Callable) -> Model:
+def model_from(model: ConfigDict, d_llm: int, states: Callable) -> Model:
     """The model that a config's `model` group describes, for an LLM of width `d_llm`; `states` as in `build_model`."""
     return build_model(
         d_llm=d_llm,
-        adapter=config.adapter.to_dict(),
-        dit=config.dit.to_dict(),
-        vae=config.vae,
-        dtype=config.dtype,
-        prediction=config.prediction,
-        shift=config.shift,
+        adapter=model.adapter.to_dict(),
+        dit=model.dit.to_dict(),
+        vae=model.vae,
+        dtype=model.dtype,
+        prediction=model.prediction,
+        shift=model.shift,
         states=states,
     )
 

@@ -170,7 +170,7 @@ def _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, bat
     key = jax.random.key(config.run.seed)
     stop = _Signals()
     numbers = None  # of the samples whose metrics are still on the device
-    with Report(workdir, config.run.steps, start) as report, stop:
+    with stop, Report(workdir, config.run.steps, start) as report:
         for step in range(start, config.run.steps):
             began = time.perf_counter()
             batch = next(batches)

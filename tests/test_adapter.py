@@ -265,6 +265,7 @@ def test_refiner_agrees_with_torch_encoder_layers():
     params = adapter.params
     states, mask, _ = inputs(7, 4, 1)
     h = torch.nn.functional.rms_norm(torch_of(states), (D_LLM,), torch_of(params["input_norm"]["scale"]), 1e-6)
+    h = h + torch_of(params["input_bias"])
     project_in, project_out = torch.nn.Linear(D_LLM, WIDTH), torch.nn.Linear(WIDTH, D_CTX)
     copy(project_in, params["project_in"])
     copy(project_out, params["project_out"])

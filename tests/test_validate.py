@@ -7,7 +7,7 @@ from configs import stage1
 from rise_jax.validate import validate
 
 FAULTS = {
-    "data__frames": (6, "data.frames=6 is not 4n+1; nearest: 5"),
+    "data__frames": (6, r"data.frames=6 is not 4n\+1; nearest: 5"),
     "data__height": (20, "data.height=20 is not a multiple of the patch times the VAE's stride, 8 x 1; nearest: 16"),
     "sample__width": (9, "sample.width=9 .*nearest: 8"),
     "model__dit__width": (25, "model.dit.width=25 is not a multiple of model.dit.heads=2; nearest: 24"),

@@ -51,7 +51,8 @@ def calibrate(params: dict, states: Array, mask: Array) -> dict:
     """An adapter's parameters with the input norm's scale and bias set to standardise given states [n, L, d_llm], mask [n, L].
 
     Final LLM states share most of their length: of the mean state of a prompt, 4 % of the square differs between
-    prompts (SmolLM2-135M, 160 captions of scenes), and training from scratch hardly hears it. An adapter without input norm is returned as it is.
+    prompts (SmolLM2-135M, 160 captions of scenes), and training from scratch hardly hears it. An adapter without
+    input norm is returned as it is.
     """
     if "input_norm" not in params:
         return params
