@@ -47,7 +47,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         dtype=row["dtype"],  # of matrix products; parameters, norms and softmax stay float32
         trainable=(".",),  # path patterns (re.search); the rest is frozen
         prediction="data",  # what the DiT predicts: data | velocity
-        shift=6.0,  # of the time axis, in training and sampling: small pictures show their content only near noise
+        shift=1.0,  # of the time axis, in training and sampling
     )
     config.optim = dict(
         learning_rate=stage["learning_rate"],
@@ -59,15 +59,15 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         b2=0.99,
         ema=0.999,
         drop=0.1,  # of conditions, replaced by the learned null
-        time_mean=0.0,  # t = sigmoid(time_mean + time_std * normal), then shifted
-        time_std=1.4,
+        time_mean=1.0,  # t = sigmoid(time_mean + time_std * normal), then shifted
+        time_std=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1 = fill from the devices
     config.sample = dict(
         prompts="",  # a text, several joined by ||, or a file with one a line
         seed=0,
         steps=24,
-        guidance=3.0,
+        guidance=4.0,
         stepper="euler",  # euler | heun
         frames=1,
         height=row["height"],

@@ -22,8 +22,8 @@ PROMPTS = "||".join(
         "a small yellow square moving right and a small blue triangle moving left, white background",
     )
 )
-STAGE1 = ["--config.run.steps=400", "--config.data.texts=160"]
-STAGE2 = ["--config.run.steps=500", "--config.data.texts=224", f"--config.run.init_from={OUT / 'stage1'}"]
+STAGE1 = ["--config.run.steps=330", "--config.data.texts=160"]
+STAGE2 = ["--config.run.steps=420", "--config.data.texts=224", f"--config.run.init_from={OUT / 'stage1'}"]
 GENERATE = ["--mode=generate", f"--config.sample.prompts={PROMPTS}"]
 EVALUATE = ["--mode=evaluate"]
 SCORED = ("colour", "direction", "shape", "all")
