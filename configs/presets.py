@@ -10,7 +10,9 @@ PRESETS = {
     # 2 CPU cores; docs/tiny.md has the trials behind these numbers.
     "tiny": dict(
         adapter=dict(kind="refiner", d_ctx=128, width=128, depth=2, heads=4, registers=4, time_cond="off"),
-        dit=dict(width=128, mlp_width=512, heads=4, depth=6, patch=(1, 4, 4), text_len=36, remat=False),
+        dit=dict(
+            width=128, mlp_width=512, heads=4, depth=6, patch=(1, 4, 4), text_len=36, coordinates=True, unroll=True
+        ),
         llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=32),
         dtype="float32",
         frames=9,
@@ -18,13 +20,14 @@ PRESETS = {
         width=24,
         texts=1000,
         states="cached",
+        optimizer="muon",
         stage1=dict(steps=2000, batch_size=32, learning_rate=2e-3),
         stage2=dict(steps=4000, batch_size=16, learning_rate=2e-3),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.
     "small": dict(
         adapter=dict(kind="refiner", d_ctx=768, width=1024, depth=4, heads=16, registers=4, time_cond="off"),
-        dit=dict(width=768, mlp_width=3072, heads=12, depth=16, patch=(1, 4, 4), text_len=128, remat=False),
+        dit=dict(width=768, mlp_width=3072, heads=12, depth=16, patch=(1, 4, 4), text_len=128, coordinates=True),
         llm=dict(path="embedded", instruction="scenes", dtype="bfloat16", max_prompt=96, max_new=96),
         dtype="bfloat16",
         frames=17,
@@ -32,6 +35,7 @@ PRESETS = {
         width=64,
         texts=1000,
         states="cached",
+        optimizer="adamw",
         stage1=dict(steps=20_000, batch_size=256, learning_rate=3e-4),
         stage2=dict(steps=40_000, batch_size=64, learning_rate=2e-4),
     ),

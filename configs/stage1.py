@@ -47,7 +47,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         dtype=row["dtype"],  # of matrix products; parameters, norms and softmax stay float32
         trainable=(".",),  # path patterns (re.search); the rest is frozen
         prediction="data",  # what the DiT predicts: data | velocity
-        shift=1.0,  # of the time axis, in training and sampling
+        shift=8.0,  # of the time axis towards noise, in training and sampling: clips of a few pixels are readable until t = 0.9
     )
     config.optim = dict(
         learning_rate=stage["learning_rate"],
@@ -56,11 +56,12 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         decay_until=0,
         weight_decay=0.01,
         clip=1.0,  # global gradient norm
+        kind=row["optimizer"],  # adamw | muon
         b2=0.99,
         ema=0.999,
         drop=0.1,  # of conditions, replaced by the learned null
-        time_mean=1.0,  # t = sigmoid(time_mean + time_std * normal), then shifted
-        time_std=1.0,
+        time_mean=0.0,  # t = sigmoid(time_mean + time_std * normal), then shifted
+        time_std=1.4,
     )
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1 = fill from the devices
     config.sample = dict(

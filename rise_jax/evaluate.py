@@ -21,7 +21,7 @@ from rise_jax.validate import validate
 from rise_jax.video import contact_sheet, write_png
 from rise_jax.workdir import write_json
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)
 PICTURED = 12  # videos in the picture
 
 
@@ -55,7 +55,10 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
 
 
 def scene_scores(videos, unheard, rephrased, scenes) -> dict:
-    """Shares of right attributes: of the videos, against their neighbours' prompts (shuffled), without states, of the rephrasings."""
+    """Shares of right attributes: of the videos, against their neighbours' prompts (shuffled), without states, of the rephrasings.
+
+    videos, unheard: B clips uint8 [T, H, W, 3]; rephrased: B texts; scenes: what the B prompts asked for.
+    """
     scores = [metrics.score(video, scene) for video, scene in zip(videos, scenes)]
     shuffled = [metrics.score(video, scene) for video, scene in zip(videos, np.roll(np.array(scenes, object), 1))]
     zeroed = [metrics.score(video, scene) for video, scene in zip(unheard, scenes)]
@@ -69,6 +72,20 @@ def scene_scores(videos, unheard, rephrased, scenes) -> dict:
         "shuffled": shares(shuffled),
         "zeroed": shares(zeroed),
         "kept_by_rephrasing": shares(kept),
+        "by_language": by_language(scores, kept, [scene.language for scene in scenes]),
+    }
+
+
+def by_language(scores: list[dict[str, bool]], kept: list[dict[str, bool]], languages: list[str]) -> dict[str, dict]:
+    """{language: number of prompts, and shares of right attributes of their videos and of their rephrasings}."""
+    rows = {language: np.flatnonzero(np.array(languages) == language) for language in sorted({*languages})}
+    return {
+        language: {
+            "prompts": len(chosen),
+            "attribute_accuracy": shares([scores[i] for i in chosen]),
+            "kept_by_rephrasing": shares([kept[i] for i in chosen]),
+        }
+        for language, chosen in rows.items()
     }
 
 
@@ -125,6 +142,9 @@ def _print(result: dict, workdir: Path) -> None:
             names = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "kept by the rephrasing"}
             others = ", ".join(f"{title} {result[key][name]:.2f}" for key, title in names.items())
             print(f"{name:>11}: {share:.3f}  [{low:.2f}, {high:.2f}] of {n} prompts; {others}")
+        for language, part in result["by_language"].items():
+            right, kept = part["attribute_accuracy"]["all"], part["kept_by_rephrasing"]["all"]
+            print(f"{language:>11}: all {right:.3f} of {part['prompts']} prompts; kept by the rephrasing {kept:.2f}")
     losses = result["heldout_loss"]
     print("held-out loss: " + ", ".join(f"t={t}: {loss:.4f}" for t, loss in zip(losses["times"], losses["true"])))
     first, last = result["seeds"]

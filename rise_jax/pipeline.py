@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from rise_jax import flow, runs, sampler
 from rise_jax.build import Model, model_from
 from rise_jax.language import Language, Rephrasings, states_in_batch
-from rise_jax.optim import make_optimizer
 from rise_jax.validate import check_clip
 from rise_jax.video import to_uint8
 
@@ -43,7 +42,7 @@ class Pipeline:
         config = ConfigDict(runs.read_config(Path(workdir)))
         language = Language(**config.model.llm)
         model = model_from(config.model, language.width, states_in_batch)
-        run = runs.read_run(Path(workdir), model, make_optimizer(config.optim.learning_rate))
+        run = runs.read_run(Path(workdir), model)
         if run.meta["llm"] != language.identity:
             raise ValueError(
                 f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now"

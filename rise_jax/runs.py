@@ -13,6 +13,7 @@ import jax
 
 from rise_jax.build import Model
 from rise_jax.checkpoint import Checkpoints
+from rise_jax.optim import make_optimizer
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, partition, tree_sha256
 
@@ -44,13 +45,14 @@ def read_config(workdir: Path) -> dict:
     return json.loads(file.read_text())
 
 
-def read_run(workdir: Path, model: Model, optimizer) -> Run:
+def read_run(workdir: Path, model: Model) -> Run:
     """The newest good checkpoint of another run, which stays as it is. Every leaf has to fit `model`.
 
     Raises FileNotFoundError when there is no checkpoint, ValueError naming every leaf that does not fit.
     """
     config = read_config(workdir)
     trainable, rest = partition(model.abstract, config["model"]["trainable"])
+    optimizer = make_optimizer(1.0, kind=config["optim"]["kind"])  # for the shapes of its state alone
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
     found = checkpoints.restore(_on_one_device(jax.eval_shape(lambda leaves: new_state(leaves, optimizer), trainable)))
     checkpoints.close()

@@ -83,6 +83,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             config.optim.warmup,
             config.optim.weight_decay,
             config.optim.clip,
+            kind=config.optim.kind,
             b2=config.optim.b2,
             decay_from=config.optim.decay_from,
             decay_until=config.optim.decay_until,
@@ -143,7 +144,7 @@ def _state(config, workdir, checkpoints, model, optimizer, llm, heard, mesh):
             raise ValueError(f"{workdir} was trained on another LLM or instruction: {meta['llm']} then, {llm} now")
         return step, state, runs.read_frozen(workdir, rest), meta
     origin = find_start(config.run.init_from, config.run.preset)
-    source = runs.read_run(origin, model, optimizer) if origin else None
+    source = runs.read_run(origin, model) if origin else None
     if source:
         LOG.info("starting from the EMA of %s, step %d", origin, source.step)
     params, provenance = runs.initial_parameters(model, config.run.seed, source, llm, heard, place(model.abstract))

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
 from rise_jax.models.vae import VAES
+from rise_jax.optim import KINDS as OPTIMIZERS
 from rise_jax.sampler import STEPPERS
 
 
@@ -46,6 +47,7 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
         "model.prediction": (config.model.prediction, PREDICTIONS),
+        "optim.kind": (config.optim.kind, OPTIMIZERS),
         "data.states": (config.data.states, ("cached", "in_step")),
         "sample.stepper": (config.sample.stepper, STEPPERS),
     }

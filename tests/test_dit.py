@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from flax import nnx
 
-from rise_jax.models.dit import DiT, fit_context, patchify, rope_table, unpatchify
+from rise_jax.models.dit import DiT, coordinate_channels, fit_context, patchify, rope_table, unpatchify
 
 # diffusers' name -> path in our tree; `N` stands for the block's number. Linear weights get transposed.
 NAMES = {
@@ -42,6 +42,18 @@ CONFIGS = {
     "wan patch": dict(channels=4, patch=(1, 2, 2), heads=2, head_width=12, mlp_width=40, depth=2, d_ctx=6, text_len=5),
     "other patch": dict(
         channels=3, patch=(2, 1, 3), heads=3, head_width=16, mlp_width=24, depth=3, d_ctx=9, text_len=4
+    ),
+    "coordinates, unrolled": dict(
+        channels=4,
+        patch=(1, 2, 2),
+        heads=2,
+        head_width=12,
+        mlp_width=40,
+        depth=2,
+        d_ctx=6,
+        text_len=5,
+        coordinates=True,
+        unroll=True,
     ),
 }
 GRID = (2, 3, 2)  # tokens in time, height, width
@@ -80,13 +92,13 @@ def build(channels, patch, heads, head_width, **sizes):
     return graph, nnx.to_pure_dict(abstract)
 
 
-def build_torch(channels, patch, heads, head_width, mlp_width, depth, d_ctx, text_len):
+def build_torch(channels, patch, heads, head_width, mlp_width, depth, d_ctx, text_len, coordinates=False, unroll=False):
     torch.manual_seed(0)
     model = WanTransformer3DModel(
         patch_size=patch,
         num_attention_heads=heads,
         attention_head_dim=head_width,
-        in_channels=channels,
+        in_channels=channels + 12 * coordinates,
         out_channels=channels,
         text_dim=d_ctx,
         freq_dim=256,
@@ -113,7 +125,10 @@ def forward(graph, params, latents, t, context):
 
 
 def forward_torch(model, latents, t, context, text_len):
-    """Channels first, times in [0, 1000], text zero-padded by the caller."""
+    """Channels first, times in [0, 1000], text zero-padded and coordinates appended by the caller."""
+    if model.config.in_channels > model.config.out_channels:
+        places = torch.tensor(coordinate_channels(*latents.shape[1:4]))
+        latents = torch.cat([latents, places.expand(len(latents), *places.shape)], dim=-1)
     padding = torch.zeros(len(context), text_len - context.shape[1], context.shape[2])
     output = model(latents.movedim(-1, 1), 1000 * t, torch.cat([context, padding], dim=1), return_dict=False)[0]
     return output.movedim(1, -1)
@@ -196,9 +211,21 @@ def test_samples_do_not_see_each_other():
     np.testing.assert_allclose(both[1:], alone, atol=1e-5)
 
 
-def test_remat_changes_no_gradient():
+def test_coordinates_say_where_a_cell_is():
+    """sin and cos of pi/2 and pi times the place, time first: the ends of an axis, its middle, and an axis of one cell."""
+    places = coordinate_channels(1, 3, 5)
+    assert places.shape == (1, 3, 5, 12)
+    half, full = slice(0, 12, 2), slice(1, 12, 2)  # [sin t, sin h, sin w, cos t, cos h, cos w]
+    np.testing.assert_allclose(places[0, 0, 2][half], [-1, -1, 0, 0, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(places[0, 2, 3][half], [-1, 1, 0.5**0.5, 0, 0, 0.5**0.5], atol=1e-6)
+    np.testing.assert_allclose(places[0, 2, 3][full], [0, 0, 1, -1, -1, 0], atol=1e-6)
+    assert len(np.unique(places.reshape(-1, 12).round(5), axis=0)) == 15
+
+
+@pytest.mark.parametrize("option", ["remat", "unroll"])
+def test_remat_and_unroll_change_no_gradient(option):
     config, graph, params = tiny()
-    remat_graph, _ = build(**config, remat=True)
+    remat_graph, _ = build(**config | {option: True})
     latents, t, context = make_inputs(context_length=3, **config)
     gradients = [
         jax.jit(jax.grad(lambda params, graph=g: jnp.sum(forward(graph, params, latents, t, context) ** 2)))(params)

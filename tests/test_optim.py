@@ -77,6 +77,36 @@ def test_update_matches_torch_adamw():
     np.testing.assert_allclose(params["kernel"], theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_muon_makes_the_updates_of_block_kernels_orthogonal_layer_by_layer():
+    """Every singular value of an update is near rate * 0.5 * sqrt(larger side) (arXiv 2502.16982, equation 4 has 0.2)."""
+    rng = np.random.default_rng(0)
+    params = {"dit": {"blocks": {"up": {"kernel": jnp.zeros((3, 8, 20))}}}}
+    gradients = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * [[[0.1]], [[1]], [[5]]], "f4"), params
+    )
+    update = step_once(make_optimizer(0.01, kind="muon"), params, gradients)["dit"]["blocks"]["up"]["kernel"]
+    singular = np.linalg.svd(update, compute_uv=False) / (0.01 * 0.5 * 20**0.5)
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    before = np.linalg.svd(np.asarray(gradients["dit"]["blocks"]["up"]["kernel"]), compute_uv=False)
+    assert before.max() / before.min() > 10
+
+
+def test_muon_leaves_what_is_no_block_kernel_to_adam():
+    params = {
+        "dit": {
+            "blocks": {"up": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))}},
+            "patch_in": {"kernel": jnp.ones((3, 3))},
+        }
+    }
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates = named_leaves(step_once(make_optimizer(0.01, weight_decay=0.5, kind="muon"), params, gradients))
+    adam = named_leaves(step_once(make_optimizer(0.01), params, gradients))
+    for name in ("dit/blocks/up/bias", "dit/patch_in/kernel"):
+        np.testing.assert_allclose(updates[name], adam[name], rtol=1e-6)
+    still = step_once(make_optimizer(0.01, weight_decay=0.5, kind="muon"), params, jax.tree.map(jnp.zeros_like, params))
+    np.testing.assert_allclose(still["dit"]["blocks"]["up"]["kernel"], -0.005, rtol=1e-5)
+
+
 def test_ema_decay_warms_up_to_its_limit():
     assert [round(float(ema_decay(step, 0.999)), 4) for step in (0, 8, 90, 10**6)] == [0.1, 0.5, 0.91, 0.999]
 
@@ -86,6 +116,7 @@ def test_ema_decay_warms_up_to_its_limit():
     [
         (dict(learning_rate=0.0), "learning_rate=0.0 must be > 0"),
         (dict(learning_rate=1.0, warmup=-1), "warmup=-1 must be >= 0"),
+        (dict(learning_rate=1.0, kind="mion"), "unknown optimizer kind 'mion' .nearest: muon"),
         (dict(learning_rate=1.0, clip=0), "clip=0 must be > 0"),
         (dict(learning_rate=1.0, weight_decay=-0.1), "weight_decay=-0.1 must be >= 0"),
         (dict(learning_rate=1.0, warmup=9, decay_from=5, decay_until=20), r"need warmup \(9\) <= decay_from"),

@@ -45,12 +45,13 @@ class Scene:
 
     Two things pass each other in opposite directions: the first in the upper or left half, the second in the other.
     `asked` lists the attributes that the prompt names: colour, shape, count always, direction in videos, sometimes
-    background and size.
+    background and size. `language` is that of the prompt.
     """
 
     things: tuple[Thing, ...]
     background: str
     asked: frozenset[str] = frozenset({"colour", "shape", "direction", "count", "background", "size"})
+    language: str = "en"
 
 
 def is_held_out(shape: str, colour: str, direction: str) -> bool:

@@ -185,7 +185,7 @@ def long_caption(scene: Scene, ending: int = 0) -> str:
 
 
 def write_text(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Text, Scene]:
-    """A text of the scene, and the scene with `asked` set to what its prompt names.
+    """A text of the scene, and the scene with `asked` and `language` set to what its prompt names and speaks.
 
     Prompts in other languages than English come without a long caption, for the LLM to write. A small LLM translates
     badly but its states still tell the attributes apart, so training has to see the states that it will meet in use.
@@ -197,7 +197,7 @@ def write_text(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Text
         return Text(caption, caption), described
     language = str(rng.choice(list(LANGUAGES), p=list(LANGUAGES.values())))
     prompt, asked = short_prompt(scene, language, split, rng)
-    described = replace(scene, asked=asked)
+    described = replace(scene, asked=asked, language=language)
     return Text(prompt, long_caption(described, ending) if language == "en" else None), described
 
 

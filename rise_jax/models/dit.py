@@ -16,6 +16,7 @@ from rise_jax.models.layers import attention, merge_heads, scan_blocks, sinusoid
 
 TIME_SCALE = 1000.0  # published models take t in [0, 1000]
 FREQUENCIES = 256  # width of the time sinusoid, the same at every size
+COORDINATES = 12  # channels of `coordinate_channels`
 
 
 def rope_table(frames: int, height: int, width: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +59,13 @@ def fit_context(context: Array, text_len: int) -> Array:
     """Wan's text rule: [B, L, C] cut or zero-padded to [B, text_len, C]; the padding is attended like any token."""
     context = context[:, :text_len]
     return jnp.pad(context, ((0, 0), (0, text_len - context.shape[1]), (0, 0)))
+
+
+def coordinate_channels(frames: int, height: int, width: int) -> np.ndarray:
+    """[F, H, W, 12] fp32: sine and cosine of pi/2 and of pi times the place along time, height and width, in [-1, 1]."""
+    grid = np.meshgrid(*(np.linspace(-1, 1, size) for size in (frames, height, width)), indexing="ij")
+    angles = np.pi * np.stack([factor * axis for axis in grid for factor in (0.5, 1.0)], axis=-1)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
 
 
 def _norm(width: int, eps: float, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -121,7 +129,13 @@ class Block(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Sizes: width = heads * head width, head width even; latents' F, H, W multiples of `patch`."""
+    """Sizes: width = heads * head width, head width even; latents' F, H, W multiples of `patch`.
+
+    `coordinates` appends the place of every cell to the latents as channels, which Wan's own text-to-video weights do not
+    have: rotary positions are relative, so in pure noise a patch cannot tell the middle of the frame from its edge, and a
+    model trained from scratch for minutes is late to learn where things are. It stays Wan's architecture, with more
+    channels going in than coming out, as in Wan's image-to-video models.
+    """
 
     def __init__(
         self,
@@ -136,13 +150,17 @@ class DiT(nnx.Module):
         text_len: int,
         eps: float = 1e-6,
         remat: bool = False,
+        unroll: bool = False,
+        coordinates: bool = False,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         xavier = nnx.initializers.xavier_uniform()
-        self.patch, self.text_len, self.heads, self.remat, self.dtype = tuple(patch), text_len, heads, remat, dtype
+        self.patch, self.text_len, self.heads, self.dtype = tuple(patch), text_len, heads, dtype
+        self.remat, self.unroll, self.coordinates = remat, unroll, coordinates
         patch_values = channels * int(np.prod(patch))
-        self.patch_in = nnx.Linear(patch_values, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        in_values = (channels + COORDINATES * coordinates) * int(np.prod(patch))
+        self.patch_in = nnx.Linear(in_values, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.text_up = nnx.Linear(d_ctx, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.text_down = nnx.Linear(width, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.time_up = nnx.Linear(FREQUENCIES, width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
@@ -160,7 +178,8 @@ class DiT(nnx.Module):
         """Cross-attention keys and values of every block, from context cut or zero-padded to `text_len`."""
         text = fit_context(context, self.text_len).astype(self.dtype)
         text = self.text_down(nnx.gelu(self.text_up(text)))
-        return scan_blocks(self.blocks, lambda block, carry, _: (carry, block.cross_attn.kv(text)), None)[1]
+        call = lambda block, carry, _: (carry, block.cross_attn.kv(text))
+        return scan_blocks(self.blocks, call, None, unroll=self.unroll)[1]
 
     @typed
     def __call__(
@@ -171,12 +190,17 @@ class DiT(nnx.Module):
     ) -> Float[Array, "B F H W C"]:
         """Prediction for noisy latents at time t in [0, 1] (what it predicts is flow.py's business), fp32."""
         grid = tuple(size // p for size, p in zip(latents.shape[1:4], self.patch, strict=True))
+        if self.coordinates:
+            places = coordinate_channels(*latents.shape[1:4])
+            places = jnp.broadcast_to(places, (*latents.shape[:4], COORDINATES))
+            latents = jnp.concatenate([latents, places], axis=-1)
         x = self.patch_in(patchify(latents, self.patch))
         rope = rope_table(*grid, x.shape[-1] // self.heads)
         time = self.time_down(nnx.silu(self.time_up(sinusoid(TIME_SCALE * t, FREQUENCIES))))
         rows = self.time_rows(nnx.silu(time)).reshape(time.shape[0], 6, -1)
 
-        x, _ = scan_blocks(self.blocks, lambda block, x, kv: (block(x, rows, rope, kv), None), x, kv, remat=self.remat)
+        call = lambda block, x, kv: (block(x, rows, rope, kv), None)
+        x, _ = scan_blocks(self.blocks, call, x, kv, remat=self.remat, unroll=self.unroll)
         shift, scale = jnp.split(self.modulation[...] + time[:, None], 2, axis=1)
         x = _modulate(self.out_norm(x), scale, shift, self.dtype)
         return unpatchify(self.patch_out(x), grid, self.patch).astype(jnp.float32)

@@ -15,10 +15,13 @@ def stack(make: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Mo
     return jax.vmap(lambda key: make(rngs=nnx.Rngs(params=key)))(keys)
 
 
-def scan_blocks(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, remat: bool = False):
+def scan_blocks(
+    blocks: nnx.Module, call: Callable, carry, per_layer=None, *, remat: bool = False, unroll: bool = False
+):
     """Runs stacked `blocks` in order: `call(block, carry, slice_of_per_layer) -> (carry, output)`.
 
-    Returns (carry, outputs stacked over layers). `remat` recomputes each block in the backward pass.
+    Returns (carry, outputs stacked over layers). `remat` recomputes each block in the backward pass. `unroll` writes the
+    blocks out one after the other: longer to compile, but nothing is copied in and out of stacks (a CPU's bottleneck).
     """
     graph, params = nnx.split(blocks)
 
@@ -27,7 +30,7 @@ def scan_blocks(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, re
         return call(nnx.merge(graph, block_params), carry, extra)
 
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    return jax.lax.scan(body, carry, (params, per_layer))
+    return jax.lax.scan(body, carry, (params, per_layer), unroll=unroll)
 
 
 @typed
