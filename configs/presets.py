@@ -21,7 +21,7 @@ PRESETS = {
         texts=1000,
         states="cached",
         optimizer="muon",
-        stage1=dict(steps=2000, batch_size=32, learning_rate=2e-3),
+        stage1=dict(steps=2000, batch_size=16, learning_rate=2e-3),
         stage2=dict(steps=4000, batch_size=16, learning_rate=2e-3),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.

@@ -18,6 +18,16 @@ MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
     ":glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 }
+
+
+def decayed(steps: int) -> list[str]:
+    """Flags of a run of `steps` whose learning rate falls from the middle on: a short run needs its end at a low rate."""
+    return [
+        f"--config.{name}"
+        for name in (f"run.steps={steps}", f"optim.decay_from={steps // 2}", f"optim.decay_until={steps}")
+    ]
+
+
 PROMPTS = "||".join(
     (
         "a red circle moving left",
@@ -28,8 +38,8 @@ PROMPTS = "||".join(
         "a small yellow square moving right and a small blue triangle moving left, white background",
     )
 )
-STAGE1 = ["--config.run.steps=330", "--config.data.texts=160"]
-STAGE2 = ["--config.run.steps=420", "--config.data.texts=224", f"--config.run.init_from={OUT / 'stage1'}"]
+STAGE1 = decayed(350) + ["--config.data.texts=160"]
+STAGE2 = decayed(480) + ["--config.data.texts=224", f"--config.run.init_from={OUT / 'stage1'}"]
 GENERATE = ["--mode=generate", f"--config.sample.prompts={PROMPTS}"]
 EVALUATE = ["--mode=evaluate"]
 SCORED = ("colour", "direction", "shape", "all")

@@ -20,6 +20,7 @@ FAULTS = {
     "model__dtype": ("float16", "nearest: float32|nearest: bfloat16"),
     "data__states": ("cache", "nearest: cached"),
     "sample__stepper": ("eular", "nearest: euler"),
+    "optim__kind": ("moun", "nearest: muon"),
     "run__steps": (0, "run.steps=0 must be at least 1"),
     "optim__drop": (1.5, r"optim.drop=1.5 must lie in \[0, 1\]; nearest: 1"),
     "data__fps": (0.0, "data.fps=0.0 must be above 0"),
