@@ -38,10 +38,10 @@ PROMPTS = "||".join(
         "a small yellow square moving right and a small blue triangle moving left, white background",
     )
 )
-STAGE1 = decayed(350) + ["--config.data.texts=160"]
-STAGE2 = decayed(480) + ["--config.data.texts=224", f"--config.run.init_from={OUT / 'stage1'}"]
+STAGE1 = decayed(280) + ["--config.data.texts=128"]
+STAGE2 = decayed(330) + ["--config.data.texts=192", f"--config.run.init_from={OUT / 'stage1'}"]
 GENERATE = ["--mode=generate", f"--config.sample.prompts={PROMPTS}"]
-EVALUATE = ["--mode=evaluate"]
+EVALUATE = ["--mode=evaluate", "--config.sample.steps=12"]
 SCORED = ("colour", "direction", "shape", "all")
 
 

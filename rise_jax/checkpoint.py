@@ -40,7 +40,11 @@ class Checkpoints:
         if not read_only:
             _make_folder(self.directory)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=False, read_only=read_only, cleanup_tmp_directories=not read_only
+            max_to_keep=None if read_only else keep,
+            save_interval_steps=0 if read_only else 1,
+            create=False,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, item_names=("state", "meta"), options=options)
 

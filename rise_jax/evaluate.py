@@ -23,6 +23,7 @@ from rise_jax.workdir import write_json
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)
 PICTURED = 12  # videos in the picture
+UNHEARD = 32  # prompts whose videos are also made from zeroed states, the first ones
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> int:
@@ -45,9 +46,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
         "motion_energy": float(np.mean([metrics.motion_energy(video) for video in videos])),
     }
     if config.data.source == "scenes":
-        deaf = heard._replace(states=np.zeros_like(heard.states))
-        unheard = pipe.render(deaf, seeds, **settings)
-        result |= scene_scores(videos, unheard, heard.texts, source.scenes[: len(prompts)])
+        deaf = heard._replace(states=np.zeros_like(heard.states[:UNHEARD]), mask=heard.mask[:UNHEARD])
+        unheard = pipe.render(deaf, seeds[:UNHEARD], **settings)
+        result |= {"zeroed_prompts": len(unheard)} | scene_scores(
+            videos, unheard, heard.texts, source.scenes[: len(prompts)]
+        )
     write_json(workdir / "evaluation.json", result)
     write_png(workdir / "evaluation.png", contact_sheet(videos[:PICTURED], prompts[:PICTURED], heard.texts[:PICTURED]))
     _print(result, workdir)
@@ -57,7 +60,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
 def scene_scores(videos, unheard, rephrased, scenes) -> dict:
     """Shares of right attributes: of the videos, against their neighbours' prompts (shuffled), without states, of the rephrasings.
 
-    videos, unheard: B clips uint8 [T, H, W, 3]; rephrased: B texts; scenes: what the B prompts asked for.
+    videos: B clips uint8 [T, H, W, 3]; unheard: the first of them made without states; rephrased: B texts; scenes: what the
+    B prompts asked for.
     """
     scores = [metrics.score(video, scene) for video, scene in zip(videos, scenes)]
     shuffled = [metrics.score(video, scene) for video, scene in zip(videos, np.roll(np.array(scenes, object), 1))]

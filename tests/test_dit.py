@@ -98,7 +98,7 @@ def build_torch(channels, patch, heads, head_width, mlp_width, depth, d_ctx, tex
         patch_size=patch,
         num_attention_heads=heads,
         attention_head_dim=head_width,
-        in_channels=channels + 12 * coordinates,
+        in_channels=channels + 14 * coordinates,
         out_channels=channels,
         text_dim=d_ctx,
         freq_dim=256,
@@ -214,12 +214,18 @@ def test_samples_do_not_see_each_other():
 def test_coordinates_say_where_a_cell_is():
     """sin and cos of pi/2 and pi times the place, time first: the ends of an axis, its middle, and an axis of one cell."""
     places = coordinate_channels(1, 3, 5)
-    assert places.shape == (1, 3, 5, 12)
-    half, full = slice(0, 12, 2), slice(1, 12, 2)  # [sin t, sin h, sin w, cos t, cos h, cos w]
+    assert places.shape == (1, 3, 5, 14)
+    half, full = slice(0, 12, 2), slice(1, 12, 2)  # [sin t, sin y, sin x, cos t, cos y, cos x]
     np.testing.assert_allclose(places[0, 0, 2][half], [-1, -1, 0, 0, 0, 1], atol=1e-6)
     np.testing.assert_allclose(places[0, 2, 3][half], [-1, 1, 0.5**0.5, 0, 0, 0.5**0.5], atol=1e-6)
     np.testing.assert_allclose(places[0, 2, 3][full], [0, 0, 1, -1, -1, 0], atol=1e-6)
-    assert len(np.unique(places.reshape(-1, 12).round(5), axis=0)) == 15
+    assert len(np.unique(places.reshape(-1, 14).round(5), axis=0)) == 15
+
+
+def test_the_last_coordinates_grow_with_time_where_things_move_down_or_right():
+    down, right = np.moveaxis(coordinate_channels(3, 3, 3)[..., 12:], -1, 0)
+    np.testing.assert_array_equal(down[:, :, 0], [[1, 0, -1], [0, 0, 0], [-1, 0, 1]])
+    np.testing.assert_array_equal(right[:, 0], down[:, :, 0])
 
 
 @pytest.mark.parametrize("option", ["remat", "unroll"])

@@ -16,7 +16,7 @@ from rise_jax.models.layers import attention, merge_heads, scan_blocks, sinusoid
 
 TIME_SCALE = 1000.0  # published models take t in [0, 1000]
 FREQUENCIES = 256  # width of the time sinusoid, the same at every size
-COORDINATES = 12  # channels of `coordinate_channels`
+COORDINATES = 14  # channels of `coordinate_channels`
 
 
 def rope_table(frames: int, height: int, width: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,10 +62,13 @@ def fit_context(context: Array, text_len: int) -> Array:
 
 
 def coordinate_channels(frames: int, height: int, width: int) -> np.ndarray:
-    """[F, H, W, 12] fp32: sine and cosine of pi/2 and of pi times the place along time, height and width, in [-1, 1]."""
-    grid = np.meshgrid(*(np.linspace(-1, 1, size) for size in (frames, height, width)), indexing="ij")
+    """[F, H, W, 14] fp32 from the places t, y, x of a cell, each in [-1, 1]: six sines and six cosines of pi/2 and pi times
+    t, y and x, then t y and t x, which are what "moves down" and "moves right" mean: without them a direction is the
+    product of three signs, and a model is slow to find that (docs/tiny.md)."""
+    t, y, x = grid = np.meshgrid(*(np.linspace(-1, 1, size) for size in (frames, height, width)), indexing="ij")
     angles = np.pi * np.stack([factor * axis for axis in grid for factor in (0.5, 1.0)], axis=-1)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+    motion = np.stack([t * y, t * x], axis=-1)
+    return np.concatenate([np.sin(angles), np.cos(angles), motion], axis=-1).astype(np.float32)
 
 
 def _norm(width: int, eps: float, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
