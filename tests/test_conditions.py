@@ -16,7 +16,7 @@ TEXTS = [Text("a red circle", "A red circle."), Text("un cercle", None), Text("e
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
-    return Language(path=str(write_llm(tmp_path_factory.mktemp("llm"))), **SETTINGS)
+    return Language(path=str(write_llm(tmp_path_factory.mktemp("llm"), ends=True)), **SETTINGS)
 
 
 def test_written_captions_give_training_the_states_of_use(language, tmp_path):

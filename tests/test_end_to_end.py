@@ -26,7 +26,7 @@ def command(stage: int, llm: Path, workdir: Path, *extra: str, mode: str = "trai
     """main.py with the config of tests/tiny.py spelled as flags."""
     config = tiny_config(stage, llm)
     small = {
-        "model.llm": ("path", "max_prompt", "max_new"),
+        "model.llm": ("path", "instruction", "max_prompt", "max_new"),
         "model.adapter": ("d_ctx", "width", "depth", "heads", "registers"),
         "model.dit": ("width", "mlp_width", "heads", "depth", "patch", "text_len"),
         "data": ("texts", "height", "width"),
@@ -186,6 +186,7 @@ def test_evaluate_scores_held_out_prompts(llm, stage2_run):
     assert result["prompts"] == 4
     for name in ("attribute_accuracy", "shuffled", "zeroed", "kept_by_rephrasing"):
         assert {"colour", "shape", "direction", "count", "all"} <= set(result[name])
+    assert sum(part["prompts"] for part in result["by_language"].values()) == 4
     assert len(result["heldout_loss"]["true"]) == len(result["heldout_loss"]["times"])
     assert (stage2_run / "evaluation.png").exists()
 

@@ -1,5 +1,6 @@
 """The scenes data: its split, its balance, its determinism, and what the renderer draws."""
 
+import re
 from collections import Counter
 from itertools import product
 
@@ -176,3 +177,19 @@ def test_no_colour_is_near_another_or_near_a_background():
     palette = np.array([*COLOURS.values(), *BACKGROUNDS.values()], float)
     distance = np.linalg.norm(palette[:, None] - palette[None], axis=-1)
     assert distance[~np.eye(len(palette), dtype=bool)].min() >= 120
+
+
+@pytest.mark.parametrize(("split", "frames"), [("train", 9), ("train", 1), ("heldout", 9)])
+def test_a_scene_knows_the_language_of_its_prompt(split, frames):
+    """Told from the words for its colours, which no two languages share; dense prompts are English."""
+    words = {
+        "en": "red|blue|green|yellow|purple",
+        "es": "rojo|azul|verde|amarillo|violeta",
+        "fr": "rouge|bleu|vert|jaune|violet",
+        "de": "(rot|blau|grün|gelb|violett)e[rs]?",
+    }
+    source = ScenesSource(split, num_texts=400, frames=frames)
+    for text, scene in zip(source.texts, source.scenes, strict=True):
+        spoken = {name for name, colours in words.items() if re.search(rf"\b({colours})\b", text.prompt)}
+        assert spoken == {scene.language}, text
+    assert {scene.language for scene in source.scenes} == set(words)

@@ -1,4 +1,5 @@
-"""A language model of a few thousand random parameters in a Hugging Face folder, and a config that uses it: tests of the whole run."""
+"""A language model of a few thousand random parameters in a Hugging Face folder with a short instruction, and a config that uses
+them: tests of the whole run."""
 
 import json
 from pathlib import Path
@@ -15,9 +16,16 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
+INSTRUCTION = (
+    "Say more.\n\nprompt: green circle\ncaption: A green circle on a plain black background.\n"  # a token per byte
+)
 
-def write_llm(folder: Path, seed: int = 0) -> Path:
-    """Byte-level Llama with tied embeddings and a chat template."""
+
+def write_llm(folder: Path, seed: int = 0, ends: bool = False) -> Path:
+    """Byte-level Llama with tied embeddings and a chat template; its instruction is in instruction.txt.
+
+    It writes until its budget is spent, or, with `ends`, until it draws an end: that may be at once, which is refused.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|pad|>", "<|start|>", "<|end|>"]
@@ -54,7 +62,11 @@ def write_llm(folder: Path, seed: int = 0) -> Path:
     )
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32) / shape[-1] ** 0.5
-    tensors = {"model.embed_tokens.weight": draw(vocab, WIDTH), "model.norm.weight": np.ones(WIDTH, np.float32)}
+    embedding = 0.1 * draw(vocab, WIDTH)  # small beside what the layers add: else it repeats the last token
+    tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(WIDTH, np.float32)}
+    if not ends:  # a row of zeros has logit 0, and some other row has more
+        blanks = backend.encode("".join(filter(str.isspace, map(chr, range(128))))).ids
+        tensors["model.embed_tokens.weight"][[*blanks, *map(backend.token_to_id, specials)]] = 0
     kv = WIDTH // HEADS * KV_HEADS
     for i in range(DEPTH):
         layer = f"model.layers.{i}"
@@ -65,13 +77,15 @@ def write_llm(folder: Path, seed: int = 0) -> Path:
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{layer}.{name}.weight"] = np.ones(WIDTH, np.float32)
     save_file(tensors, folder / "model.safetensors")
+    (folder / "instruction.txt").write_text(INSTRUCTION)
     return folder
 
 
 def tiny_config(stage: int, llm: Path, **overrides):
     """configs/stage1.py or stage2.py with a model of a few thousand parameters; overrides are dotted keys with '.' as '__'."""
     config = (stage1 if stage == 1 else stage2).get_config("tiny")
-    config.model.llm = dict(path=str(llm), instruction="scenes", dtype="float32", max_prompt=160, max_new=160)
+    instruction = str(llm / "instruction.txt")
+    config.model.llm = dict(path=str(llm), instruction=instruction, dtype="float32", max_prompt=160, max_new=160)
     config.model.adapter.update(d_ctx=16, width=16, depth=1, heads=2, registers=2)
     config.model.dit.update(width=24, mlp_width=32, heads=2, depth=2, patch=(1, 8, 8), text_len=164)
     config.data.update(texts=6, height=16, width=16)
