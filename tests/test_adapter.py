@@ -1,72 +1,11 @@
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from adapters import D_CTX, D_LLM, EVERY, WIDTH, counted, inputs, make, make_noisy, named
 from flax import nnx
 
 from rise_jax.models.adapter import ELLA, KINDS, calibrate, make_adapter
-
-D_LLM, D_CTX, WIDTH = 12, 6, 8
-SIZES = dict(refiner=dict(depth=2, heads=2), resampler=dict(depth=2, heads=2, latents=5), mlp={})
-EVERY = [(kind, time_cond) for kind in KINDS for time_cond in ("off", "adaln")]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(graph, params, *args):
-    return nnx.merge(graph, params)(*args)
-
-
-class Built(NamedTuple):
-    """An adapter as the program holds it: a graph and a nested dict of arrays."""
-
-    graph: nnx.GraphDef
-    params: dict
-
-    def __call__(self, *args):
-        return apply(self.graph, self.params, *args)
-
-
-def init(kind, **options):
-    options = dict(d_llm=D_LLM, d_ctx=D_CTX, width=WIDTH) | SIZES[kind] | options
-    return make_adapter(kind, rngs=nnx.Rngs(params=jax.random.key(0)), **options)
-
-
-def make(kind, **options):
-    """As it starts."""
-    graph, params = nnx.split(init(kind, **options), nnx.Param)
-    return Built(graph, nnx.to_pure_dict(params))
-
-
-@functools.cache
-def make_noisy(kind, **options):
-    """With random parameters everywhere, so that no zero init hides anything."""
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: init(kind, **options)), nnx.Param)
-    rng = np.random.default_rng(9)
-    params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), nnx.to_pure_dict(abstract))
-    return Built(graph, params)
-
-
-def named(tree):
-    return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def inputs(*lengths, pad_to=7):
-    states = 50 * jax.random.normal(jax.random.key(1), (len(lengths), pad_to, D_LLM))
-    mask = jnp.arange(pad_to) < jnp.array(lengths)[:, None]
-    return states, mask, jnp.linspace(0.1, 0.9, len(lengths))
-
-
-def counted(kind, **options):
-    module = nnx.eval_shape(lambda: make_adapter(kind, rngs=nnx.Rngs(params=jax.random.key(0)), **options))
-    _, params, rest = nnx.split(module, nnx.Param, ...)
-    assert not jax.tree.leaves(rest), "only Params may be leaves"
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
 
 # ---- sizes and paths ----
 
@@ -234,97 +173,6 @@ def test_bf16_stays_close_and_keeps_fp32_parameters():
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(coarse_adapter.params))
         cosine = jnp.sum(exact * coarse) / jnp.linalg.norm(exact) / jnp.linalg.norm(coarse)
         assert 0.999 < cosine < 1 - 1e-9 and np.abs(exact - coarse).max() > 0
-
-
-# ---- parity with code we did not write ----
-
-
-def copy(linear, params):
-    linear.weight.data = torch.tensor(np.asarray(params["kernel"]).T.copy())
-    linear.bias.data = torch.tensor(np.asarray(params["bias"]).copy())
-
-
-def copy_attention(attention, params):
-    order = ("query", "key", "value")
-    attention.in_proj_weight.data = torch.tensor(np.concatenate([np.asarray(params[p]["kernel"]).T for p in order]))
-    attention.in_proj_bias.data = torch.tensor(np.concatenate([params[p]["bias"] for p in order]))
-    copy(attention.out_proj, params["out"])
-
-
-def layer(blocks, i):
-    return jax.tree.map(lambda leaf: leaf[i], blocks)
-
-
-def torch_of(x):
-    return torch.tensor(np.asarray(x))
-
-
-@torch.no_grad()
-def test_refiner_agrees_with_torch_encoder_layers():
-    adapter = make_noisy("refiner")
-    params = adapter.params
-    states, mask, _ = inputs(7, 4, 1)
-    h = torch.nn.functional.rms_norm(torch_of(states), (D_LLM,), torch_of(params["input_norm"]["scale"]), 1e-6)
-    h = h + torch_of(params["input_bias"])
-    project_in, project_out = torch.nn.Linear(D_LLM, WIDTH), torch.nn.Linear(WIDTH, D_CTX)
-    copy(project_in, params["project_in"])
-    copy(project_out, params["project_out"])
-    x = torch.cat([torch_of(params["registers"]).expand(3, -1, -1), project_in(h)], dim=1)
-    hidden = torch.cat([torch.zeros(3, 4, dtype=bool), ~torch_of(mask)], dim=1)
-    for i in range(2):
-        block = layer(params["blocks"], i)
-        gelu = torch.nn.GELU(approximate="tanh")
-        encoder = torch.nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, 0.0, gelu, 1e-6, True, norm_first=True)
-        copy_attention(encoder.self_attn, block["self_attn"])
-        copy(encoder.linear1, block["mlp"]["up"])
-        copy(encoder.linear2, block["mlp"]["down"])
-        for norm, name in ((encoder.norm1, "norm_1"), (encoder.norm2, "norm_2")):
-            norm.weight.data, norm.bias.data = (torch_of(block[name]["norm"][leaf]) for leaf in ("scale", "bias"))
-        x = encoder(x, src_key_padding_mask=hidden)
-    for name, after in (("norm", project_out), ("output_norm", torch.nn.Identity())):
-        leaves = params[name].get("norm", params[name])
-        scale, bias = torch_of(leaves["scale"]), torch_of(leaves["bias"])
-        x = after(torch.nn.functional.layer_norm(x, x.shape[-1:], scale, bias, 1e-6))
-    expected = np.where(hidden.numpy()[..., None], 0, x.numpy())
-    np.testing.assert_allclose(adapter(states, mask)[0], expected, rtol=1e-4, atol=2e-5)
-
-
-@torch.no_grad()
-def test_ella_options_agree_with_torch_attention_and_diffusers_time_embedding():
-    width, latents = 16, 5
-    options = ELLA | dict(width=width, depth=2, heads=2, latents=latents)
-    adapter = make_noisy("resampler", d_ctx=width, **options)
-    params = adapter.params
-    states, mask, t = inputs(7, 4)
-
-    embedding = TimestepEmbedding(320, width)
-    copy(embedding.linear_1, params["time_embedding"]["up"])
-    copy(embedding.linear_2, params["time_embedding"]["down"])
-    time = embedding(Timesteps(320, flip_sin_to_cos=True, downscale_freq_shift=0)(1000 * torch_of(t)))
-    activated = torch.nn.functional.silu(time)
-
-    def dense(params, x):
-        return x @ torch_of(params["kernel"]) + torch_of(params["bias"])
-
-    def adaptive_norm(params, x):
-        shift, scale = dense(params["modulation"], activated)[:, None].chunk(2, dim=-1)
-        return torch.nn.functional.layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift
-
-    x = dense(params["project_in"], torch_of(states))
-    y = torch_of(params["latents"]) + dense(params["latents_time"], activated)[:, None]
-    hidden = torch.cat([torch.zeros(2, latents, dtype=bool), ~torch_of(mask)], dim=1)
-    for i in range(2):
-        block = layer(params["blocks"], i)
-        attention = torch.nn.MultiheadAttention(width, 2, batch_first=True)
-        copy_attention(attention, block["cross_attn"])
-        h = adaptive_norm(block["norm_latents"], y)
-        keys = torch.cat([h, adaptive_norm(block["norm_states"], x)], dim=1)
-        y = y + attention(h, keys, keys, key_padding_mask=hidden)[0]
-        h = dense(block["mlp"]["up"], adaptive_norm(block["norm_mlp"], y)).relu().square()
-        y = y + dense(block["mlp"]["down"], h)
-    context, context_mask = adapter(states, mask, t)
-    assert context_mask.all()
-    np.testing.assert_allclose(context, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
 # ---- errors ----

@@ -1,14 +1,21 @@
-"""Scores of an evaluation counted by hand on rendered clips, and the held-out loss under three conditions."""
+"""Scores of an evaluation counted by hand on rendered clips; what is scored, and the held-out loss under three conditions."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from tiny import tiny_config, write_llm
 
+from rise_jax import Pipeline, evaluate
 from rise_jax.data.attributes import Scene, Thing
 from rise_jax.data.captions import long_caption
 from rise_jax.data.drawing import render
+from rise_jax.data.scenes import ScenesSource
 from rise_jax.evaluate import intervals, scene_scores, shares
+from rise_jax.train import train
 
 RED = Scene((Thing("circle", "red", "large", "left"),), "black", frozenset({"colour", "shape", "count"}))
 BLUE = replace(RED, things=(Thing("square", "blue", "large", "left"),), language="de")
@@ -54,6 +61,64 @@ def test_scores_are_told_apart_by_the_language_of_the_prompt(scores):
             kept_by_rephrasing=dict(colour=0.5, shape=0.5, count=1, all=0.5),
         ),
     }
+
+
+class Evaluated(NamedTuple):
+    """A run, what its evaluation gave to be scored, and what it wrote."""
+
+    workdir: Path
+    videos: np.ndarray
+    unheard: np.ndarray
+    rephrased: list[str]
+    scenes: list[Scene]
+    result: dict
+
+
+def held_out(texts):
+    return ScenesSource("heldout", num_texts=texts, frames=5, height=16, width=16)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """With steps so large that its videos differ."""
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_config(2, write_llm(folder / "llm"), data__frames=5, run__batch_size=8, run__steps=3)
+    config.sample.update(frames=5, seed=7, count=6)
+    config.optim.learning_rate = 0.1
+    assert train(config, folder / "run") == 0
+    scored = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "scene_scores", lambda *given: scored.append(given) or scene_scores(*given))
+        assert evaluate.evaluate(config, folder / "run") == 0
+    result = json.loads((folder / "run" / "evaluation.json").read_text())
+    return Evaluated(folder / "run", *scored[0], result)
+
+
+def test_what_is_scored_are_a_users_videos_of_held_out_prompts(run):
+    source = held_out(6)
+    out = Pipeline.from_run(run.workdir)([text.prompt for text in source.texts], seed=7)
+    np.testing.assert_array_equal(run.videos, out.videos)
+    assert run.rephrased == out.rephrased and run.scenes == source.scenes
+    assert run.result["prompts"] == 6 and run.result["seeds"] == [7, 12]
+    assert sum(part["prompts"] for part in run.result["by_language"].values()) == 6
+
+
+def test_without_states_the_prompt_is_not_heard(run):
+    """Seeds and masks are the same; of what the LLM said only its length is left."""
+    pipe = Pipeline.from_run(run.workdir)
+    heard = pipe.language.rephrase([text.prompt for text in held_out(6).texts])
+    deaf = heard._replace(states=heard.states * 0)
+    np.testing.assert_array_equal(run.unheard, pipe.render(deaf, range(7, 13)))
+    assert all((heard != unheard).any() for heard, unheard in zip(run.videos, run.unheard))
+
+
+def test_the_heldout_loss_tells_the_conditions_apart(run, tmp_path):
+    """With one text for all clips, another clip's states are one's own."""
+    losses = run.result["heldout_loss"]
+    assert len(losses["times"]) == len(losses["true"]) and np.isfinite(losses["true"]).all()
+    assert len({tuple(losses[name]) for name in ("true", "shuffled", "zeroed")}) == 3
+    alone = evaluate.heldout_loss(Pipeline.from_run(run.workdir), held_out(1), tmp_path, batch_size=4)
+    assert alone["shuffled"] == alone["true"] != alone["zeroed"]
 
 
 def test_shares_and_intervals_count_only_prompts_that_asked():

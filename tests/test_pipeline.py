@@ -1,11 +1,16 @@
 """A seed is a video: whatever the batch, the order, or a second run; and every prompt is answered for."""
 
+from contextlib import contextmanager
+
+import jax
 import numpy as np
 import pytest
 from tiny import tiny_config, write_llm
 
 from rise_jax import Pipeline
+from rise_jax.sampler import initial_noise
 from rise_jax.train import train
+from rise_jax.video import to_uint8
 
 PROMPTS = ["a red circle", "ein blaues Quadrat nach oben", "3"]
 
@@ -29,6 +34,30 @@ def pipe(request, tmp_path_factory):
     return Pipeline.from_run(folder / "run")
 
 
+@pytest.fixture(scope="module")
+def loud(pipe):
+    """The same with noise on every parameter: after two steps of training little moves a pixel."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), pipe.params)
+    return Pipeline(pipe.model, params, pipe.language, pipe.config)
+
+
+@contextmanager
+def changed(settings, **values):
+    """Config values for a while."""
+    before = {name: settings[name] for name in values}
+    settings.update(values)
+    try:
+        yield
+    finally:
+        settings.update(before)
+
+
+def distance(videos, others):
+    """Largest difference in levels of [0, 255]."""
+    return np.abs(np.asarray(videos).astype(int) - np.asarray(others)).max()
+
+
 def test_the_output_is_what_it_says(pipe):
     out = pipe(PROMPTS, seed=3)
     assert out.videos.shape == (3, 5, 16, 16, 3) and out.videos.dtype == np.uint8
@@ -46,6 +75,73 @@ def test_a_seed_gives_the_same_video_alone_and_in_any_batch(pipe):
 
 def test_another_seed_gives_another_video(pipe):
     assert (pipe(PROMPTS[0], seed=1).videos != pipe(PROMPTS[0], seed=2).videos).any()
+
+
+def rows(heard, order):
+    return heard._replace(states=heard.states[order], mask=heard.mask[order])
+
+
+def test_a_video_depends_on_its_own_states_and_seed_alone(loud):
+    """Not on its place, nor on what else is made: rows and seeds in another order, other rows poisoned, other batch sizes."""
+    heard, seeds = loud.language.rephrase(PROMPTS), np.array([7, 1, 4])
+    heard = heard._replace(mask=np.arange(heard.mask.shape[1]) < np.array([160, 9, 60])[:, None])
+    videos = loud.render(heard, seeds)
+    order = np.array([2, 0, 1])
+    assert distance(loud.render(rows(heard, order), seeds[order]), videos[order]) <= 1
+    poisoned = heard._replace(states=np.where(np.arange(3)[:, None, None] == 0, np.nan, heard.states))
+    assert distance(loud.render(poisoned, seeds)[1:], videos[1:]) <= 1
+    for size in (1, 3):
+        with changed(loud.config.sample, batch_size=size):
+            assert distance(loud.render(heard, seeds), videos) <= 1
+    for other in (loud.render(heard, seeds + 1), loud.render(rows(heard, order), seeds)):
+        assert all(distance(a, b) > 20 for a, b in zip(other, videos))
+
+
+@pytest.mark.parametrize("pipe", ["off"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 3), ("guidance", 1.5), ("stepper", "heun"), ("frames", 1), ("height", 32), ("width", 8)],
+)
+def test_settings_that_are_not_given_are_those_of_the_run(loud, name, value):
+    prompt = PROMPTS[0]
+    given = loud(prompt, **{name: value}).videos
+    with changed(loud.config.sample, **{name: value}):
+        np.testing.assert_array_equal(loud(prompt).videos, given)
+    usual = loud(prompt).videos
+    assert usual.shape != given.shape or distance(usual, given) > 1
+    np.testing.assert_array_equal(loud(prompt, **{name: loud.config.sample[name]}).videos, usual)
+
+
+@pytest.mark.parametrize("pipe", ["off"], indirect=True)
+def test_the_rephrasing_is_drawn_with_the_seed_of_the_video(pipe):
+    """At the run's own temperature, unless another is given."""
+    greedy = pipe(PROMPTS[:1], seed=5).rephrased
+    assert pipe(PROMPTS[:1], seed=6).rephrased == greedy
+    with changed(pipe.config.sample, temperature=1.0):
+        drawn = pipe([PROMPTS[0]] * 2, seed=5).rephrased
+        assert drawn[1:] == pipe(PROMPTS[0], seed=6).rephrased
+        assert pipe(PROMPTS[0], seed=5, temperature=0.0).rephrased == greedy
+    assert pipe(PROMPTS[0], seed=5, temperature=1.0).rephrased == drawn[:1]
+    assert len({*drawn, *greedy}) == 3
+
+
+def test_guidance_0_leaves_the_prompt_out(loud):
+    videos = loud.render(loud.language.rephrase(PROMPTS[:2]), [3, 3], guidance=0.0)
+    assert distance(videos[0], videos[1]) <= 1 < distance(videos[0], loud(PROMPTS[0], seed=3).videos[0])
+
+
+@pytest.mark.parametrize("pipe", ["off"], indirect=True)
+def test_one_step_from_noise_is_what_the_network_predicts(loud):
+    """x_0 itself, for a network that predicts data, whatever made the step; with guidance, v_null + scale (v_cond - v_null)."""
+    model, params = loud.model, loud.params
+    heard = loud.language.rephrase(PROMPTS[:1])
+    noise = initial_noise(jax.random.key(0), jax.numpy.array([5]), model.latent_shape((5, 16, 16)))
+    time = jax.numpy.ones(1)
+    contexts = model.context(params, heard.states, heard.mask, time), model.null(params)
+    cond, null = (model.dit(params, noise, time, model.kv(params, context)) for context in contexts)
+    expected = to_uint8(model.decode(null + 2.5 * (cond - null)))
+    assert distance(loud.render(heard, [5], steps=1, guidance=2.5), expected) <= 1
+    assert len(np.unique(expected)) > 50
 
 
 def test_guidance_1_leaves_the_null_condition_out(pipe):

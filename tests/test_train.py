@@ -1,0 +1,96 @@
+"""Where a run starts from, what its steps are, and that one which has gone wrong stops and names its batch."""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config, write_llm
+
+from rise_jax.build import model_from
+from rise_jax.conditions import complete
+from rise_jax.data.loader import make_loader
+from rise_jax.data.scenes import ScenesSource
+from rise_jax.language import Language, states_in_batch
+from rise_jax.optim import make_optimizer
+from rise_jax.runs import initial_parameters
+from rise_jax.step import make_train_step, new_state
+from rise_jax.train import NonFiniteError, find_start, train
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to start from; default workdirs lie in its runs/."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_no_name_starts_from_nothing(here, caplog):
+    assert find_start("", "tiny") is None and not caplog.records
+
+
+def test_a_folder_is_meant_itself(here):
+    (here / "mine").mkdir()
+    (here / "runs" / "mine-tiny" / "checkpoints").mkdir(parents=True)
+    assert find_start("mine", "tiny") == Path("mine")
+    assert find_start(str(here / "mine"), "tiny") == here / "mine"
+
+
+def test_a_stage_means_its_default_workdir(here, caplog):
+    (here / "runs" / "stage1-small" / "checkpoints").mkdir(parents=True)
+    assert find_start("stage1", "small") == Path("runs/stage1-small")
+    assert not caplog.records
+
+
+def test_a_stage_that_has_not_been_run_is_warned_of(here, caplog):
+    (here / "runs" / "stage1-tiny").mkdir(parents=True)  # without a checkpoint
+    (here / "runs" / "stage1-small" / "checkpoints").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        assert find_start("stage1", "tiny") is None
+    assert "no stage1 run at runs/stage1-tiny: starting from random parameters" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "runs/stage1-tiny", "stages/1", "mine"])
+def test_a_name_that_is_neither_is_refused(here, name):
+    with pytest.raises(FileNotFoundError, match=f"run.init_from='{name}' is no folder with a run"):
+        find_start(name, "tiny")
+
+
+def lines(workdir, name):
+    return [json.loads(line)[name] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_texts(tmp_path):
+    """Its losses are those of these lines, which know no mesh, cache or checkpoint."""
+    config = tiny_config(1, write_llm(tmp_path / "llm"), run__batch_size=8, run__steps=3, optim__learning_rate=0.05)
+    assert train(config, tmp_path / "run") == 0
+    optim, language = config.optim, Language(**config.model.llm)
+    source = ScenesSource(num_texts=6, frames=1, height=16, width=16)
+    states, mask = language.teach(complete(source.texts, language, tmp_path / "captions.jsonl"))
+    model = model_from(config.model, language.width, states_in_batch)
+    params = initial_parameters(model, 0, None, {}, (states, mask), None).tree
+    optimizer = make_optimizer(0.05, optim.warmup, optim.weight_decay, optim.clip, kind=optim.kind, b2=optim.b2)
+    rates = {name: optim[name] for name in ("drop", "ema", "time_mean", "time_std")}
+    step_fn = jax.jit(make_train_step(model, optimizer, **rates))
+    state, losses = new_state(params, optimizer), []
+    batches = make_loader(source, batch_size=8, seed=0, quarantine_file=tmp_path / "quarantine.jsonl")
+    for step, batch in zip(range(3), batches):
+        text = batch.pop("text")
+        batch |= dict(states=states[text], states_mask=mask[text], index=batch["index"].astype("int32"), step=step)
+        state, metrics = step_fn(state, {"params": {}}, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(lines(tmp_path / "run", "loss"), losses, rtol=1e-4)
+
+
+def test_a_run_that_diverges_stops_and_names_the_batch(tmp_path):
+    """The first update throws the parameters out of range; the second step sees it, and is found out while the third runs."""
+    config = tiny_config(1, write_llm(tmp_path / "llm"), run__batch_size=8, optim__learning_rate=1e30)
+    config.run.save_every = 1000
+    with pytest.raises(NonFiniteError, match="at step 2: stopped before the update"):
+        train(config, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert record["step"] == 2 and record["samples"] == list(range(8, 16))
+    assert lines(tmp_path / "run", "step")[:2] == [1, 2]
+    assert not (tmp_path / "run" / "summary.json").exists()
