@@ -137,7 +137,8 @@ def test_one_step_from_noise_is_what_the_network_predicts(loud):
     heard = loud.language.rephrase(PROMPTS[:1])
     noise = initial_noise(jax.random.key(0), jax.numpy.array([5]), model.latent_shape((5, 16, 16)))
     time = jax.numpy.ones(1)
-    contexts = model.context(params, heard.states, heard.mask, time), model.null(params)
+    states, mask = jax.device_put((heard.states, heard.mask))
+    contexts = model.context(params, states, mask, time), model.null(params)
     cond, null = (model.dit(params, noise, time, model.kv(params, context)) for context in contexts)
     expected = to_uint8(model.decode(null + 2.5 * (cond - null)))
     assert distance(loud.render(heard, [5], steps=1, guidance=2.5), expected) <= 1
