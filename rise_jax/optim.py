@@ -70,7 +70,8 @@ def make_optimizer(
 
     Weight decay (a fraction of learning_rate * weight per step) acts on matrices only, see `decayed`. 'muon' makes the
     momentum of every hidden matrix orthogonal (Jordan et al. 2024; scaled as in arXiv 2502.16982) and leaves every
-    other leaf, see `orthogonalised`, to Adam without weight decay; `b1` and `b2` are Adam's.
+    other leaf, see `orthogonalised`, to Adam with Nesterov momentum (optax's choice) and no weight decay; `b1` and `b2` are
+    Adam's.
     """
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
