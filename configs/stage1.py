@@ -43,7 +43,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         llm=row["llm"],
         adapter=row["adapter"],
         dit=row["dit"],
-        vae="pixels",
+        vae=dict(path="pixels"),  # or a Wan VAE: its folder, or its .safetensors file
+        null="learned",  # the condition of "no prompt": learned, or a .safetensors file with the backbone's own
         dtype=row["dtype"],  # of matrix products; parameters, norms and softmax stay float32
         trainable=(".",),  # path patterns (re.search); the rest is frozen
         prediction="data",  # what the DiT predicts: data | velocity

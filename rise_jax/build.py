@@ -4,6 +4,7 @@ What is wrong with a config is said by validate.py, before any of this.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import jax
@@ -13,23 +14,29 @@ from ml_collections import ConfigDict
 
 from rise_jax.models.adapter import calibrate, make_adapter
 from rise_jax.models.dit import DiT, fit_context
-from rise_jax.models.vae import VAES
+from rise_jax.published import LEARNED, dit_options, load_null, open_vae
+from rise_jax.trees import named_leaves, nested, partition
+from rise_jax.weights_wan import KEPT_FP32
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Pure functions over one tree {"adapter": ..., "dit": ...}; the LLM and the VAE are frozen and kept apart."""
+    """Pure functions over one tree {"adapter": ..., "dit": ...}, and "null" where the null condition is a published one.
+
+    The LLM and the VAE are frozen and kept apart.
+    """
 
     abstract: dict  # ShapeDtypeStructs of the tree
-    init: Callable  # key -> tree
+    init: Callable  # key -> tree, all of it random
     calibrate: Callable  # (tree, states, mask) -> tree whose adapter standardises such states
     context: Callable  # (params, states, mask, t) -> [B, text_len, d_ctx]: adapter output, zero-padded
-    null: Callable  # params -> [1, text_len, d_ctx]: the learned condition of an empty prompt
+    null: Callable  # params -> [1, text_len, d_ctx]: the condition of "no prompt", learned or published
     kv: Callable  # (params, context) -> cross-attention keys and values of every block
     dit: Callable  # (params, latents, t, kv) -> prediction
-    encode: Callable  # video in [-1, 1] -> latents
-    decode: Callable  # latents -> video in [-1, 1]
+    encode: Callable  # (VAE parameters, video in [-1, 1]) -> latents
+    decode: Callable  # (VAE parameters, latents) -> video in [-1, 1]
     latent_shape: Callable  # (T, H, W) -> (F, H', W', C)
+    patch: tuple[int, int, int]  # latent frames, rows and columns of a token
     states: Callable  # (frozen, batch) -> (states, mask): cached in the batch, or the LLM teacher-forced in the step
     prediction: str
     shift: float
@@ -49,54 +56,40 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
 
 
 def model_from(model: ConfigDict, d_llm: int, states: Callable) -> Model:
-    """The model that a config's `model` group describes, for an LLM of width `d_llm`; `states` as in `build_model`."""
-    return build_model(
-        d_llm=d_llm,
-        adapter=model.adapter.to_dict(),
-        dit=model.dit.to_dict(),
-        vae=model.vae,
-        dtype=model.dtype,
-        prediction=model.prediction,
-        shift=model.shift,
-        states=states,
-    )
-
-
-def build_model(
-    *,
-    d_llm: int,
-    adapter: dict,
-    dit: dict,
-    vae: str,
-    dtype: str,
-    prediction: str,
-    shift: float,
-    states: Callable,
-) -> Model:
-    """Keyword arguments are the config's `model` group; `adapter` and `dit` go to the modules as they are.
+    """The model that a config's `model` group describes, for an LLM of width `d_llm`.
 
     `states(frozen, batch) -> (states [B, L, d_llm], mask [B, L])` says where the LLM's states come from.
     """
-    dtype = jnp.dtype(dtype)
+    dtype = jnp.dtype(model.dtype)
+    dit, adapter = dit_options(model.dit.to_dict()), model.adapter.to_dict()
     d_ctx, text_len = adapter["d_ctx"], dit["text_len"]
-    coder = VAES[vae]()
+    coder = open_vae(model.vae.path)
+    learned = model.null == LEARNED
     adapter_graph, adapter_abstract, adapter_init = _split(
-        lambda rngs: make_adapter(d_llm=d_llm, dtype=dtype, rngs=rngs, **adapter)
+        lambda rngs: make_adapter(d_llm=d_llm, learned_null=learned, dtype=dtype, rngs=rngs, **adapter)
     )
     dit_graph, dit_abstract, dit_init = _split(
         lambda rngs: DiT(channels=coder.channels, d_ctx=d_ctx, dtype=dtype, rngs=rngs, **dit)
     )
+    abstract = {"adapter": adapter_abstract, "dit": dit_abstract}
+    if not learned:
+        shape = load_null(model.null, d_ctx)[0].shape
+        abstract["null"] = {"embedding": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    if model.dit.get("path", ""):
+        abstract = _with_dtypes(abstract, list(model.trainable), dtype)
 
     def init(key):
         adapter_key, dit_key = jax.random.split(key)
-        return {"adapter": adapter_init(adapter_key), "dit": dit_init(dit_key)}
+        tree = {"adapter": adapter_init(adapter_key), "dit": dit_init(dit_key)}
+        return tree if learned else tree | {"null": {"embedding": jnp.zeros(shape)}}
 
     def context(params, states, mask, t):
         tokens, _ = nnx.merge(adapter_graph, params["adapter"])(states, mask, t)
         return fit_context(tokens.astype(jnp.float32), text_len)
 
     def null(params):
-        return fit_context(params["adapter"]["null"].astype(jnp.float32), text_len)
+        value = params["adapter"]["null"] if learned else params["null"]["embedding"]
+        return fit_context(value.astype(jnp.float32), text_len)
 
     def latent_shape(size):
         frames, height, width = size
@@ -104,7 +97,7 @@ def build_model(
         return (frames - 1) // coder.time_stride + 1, height // stride, width // stride, coder.channels
 
     return Model(
-        abstract={"adapter": adapter_abstract, "dit": dit_abstract},
+        abstract=abstract,
         init=init,
         calibrate=lambda params, states, mask: params | {"adapter": calibrate(params["adapter"], states, mask)},
         context=context,
@@ -114,8 +107,20 @@ def build_model(
         encode=coder.encode,
         decode=coder.decode,
         latent_shape=latent_shape,
+        patch=tuple(dit["patch"]),
         states=states,
-        prediction=prediction,
-        shift=shift,
+        prediction=model.prediction,
+        shift=model.shift,
         time_cond=adapter["time_cond"] != "off",
     )
+
+
+def _with_dtypes(abstract: dict, trainable: list[str], dtype) -> dict:
+    """Frozen leaves of a published DiT are kept in the dtype they are used in; what trains, and what Wan keeps so, in fp32."""
+    trained = named_leaves(partition(abstract, trainable)[0])
+
+    def leaf_dtype(name, leaf):
+        kept = name in trained or not name.startswith("dit/") or re.search(KEPT_FP32, name)
+        return leaf if kept else jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return nested({name: leaf_dtype(name, leaf) for name, leaf in named_leaves(abstract).items()})

@@ -117,14 +117,14 @@ def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int) -> dict
     }
     clips = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.int32)}
     losses = {
-        name: np.asarray(step(pipe.params, clips | {"states": array, "states_mask": keep})).tolist()
+        name: np.asarray(step(pipe.params, pipe.vae, clips | {"states": array, "states_mask": keep})).tolist()
         for name, (array, keep) in given.items()
     }
     return {"clips": size, "times": list(TIMES), **losses}
 
 
-def _mean_loss(eval_step, params, batch):
-    losses = eval_step(params, {"params": {}}, batch, TIMES, jax.random.key(0))
+def _mean_loss(eval_step, params, vae, batch):
+    losses = eval_step(params, {"params": {}, "vae": vae}, batch, TIMES, jax.random.key(0))
     weight = batch["weight"][:, None]
     return (losses * weight).sum(0) / weight.sum()
 

@@ -15,8 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import flow, runs, sampler
-from rise_jax.build import Model, model_from
-from rise_jax.language import Language, Rephrasings, states_in_batch
+from rise_jax.build import Model
+from rise_jax.language import Language, Rephrasings
+from rise_jax.published import load_vae
 from rise_jax.validate import check_clip
 from rise_jax.video import to_uint8
 
@@ -32,8 +33,10 @@ class Output(NamedTuple):
 class Pipeline:
     """A trained run, ready to make videos. `sample` holds the defaults of steps, guidance, stepper and size."""
 
-    def __init__(self, model: Model, params: dict, language: Language, config: ConfigDict):
-        self.model, self.params, self.language, self.config = model, jax.device_put(params), language, config
+    def __init__(self, model: Model, params: dict, vae: dict, language: Language, config: ConfigDict):
+        """`params` are the model's parameters, `vae` those of its VAE."""
+        self.model, self.language, self.config = model, language, config
+        self.params, self.vae = jax.device_put(params), jax.device_put(vae)
         self._sample = jax.jit(partial(_sample, model), static_argnames=("shape", "stepper"))
 
     @classmethod
@@ -41,13 +44,15 @@ class Pipeline:
         """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none."""
         config = ConfigDict(runs.read_config(Path(workdir)))
         language = Language(**config.model.llm)
-        model = model_from(config.model, language.width, states_in_batch)
-        run = runs.read_run(Path(workdir), model)
+        run = runs.read_run(Path(workdir), language.width)
         if run.meta["llm"] != language.identity:
             raise ValueError(
                 f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now"
             )
-        return cls(model, run.params, language, config)
+        vae, identity = load_vae(config.model.vae.path)
+        if run.meta["vae"] != identity:
+            raise ValueError(f"{workdir} was trained with another VAE: {run.meta['vae']} then, {identity} now")
+        return cls(run.model, run.params, vae, language, config)
 
     def __call__(
         self,
@@ -101,7 +106,7 @@ class Pipeline:
         given = dict(steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width)
         chosen = {name: self.config.sample[name] if value is None else value for name, value in given.items()}
         size = (chosen["frames"], chosen["height"], chosen["width"])
-        faults = check_clip(*size, self.config.model.dit.patch, self.config.model.vae, "sample")
+        faults = check_clip(*size, self.model.patch, self.config.model.vae.path, "sample")
         if faults:
             raise ValueError("; ".join(faults))
         times = sampler.time_table(chosen["steps"], self.model.shift)
@@ -112,6 +117,7 @@ class Pipeline:
             padded = np.resize(rows, limit)
             video = self._sample(
                 self.params,
+                self.vae,
                 rephrasings.states[padded],
                 rephrasings.mask[padded],
                 jnp.asarray(seeds, jnp.int32)[padded],
@@ -124,7 +130,7 @@ class Pipeline:
         return np.concatenate(videos)
 
 
-def _sample(model: Model, params, states, mask, seeds, times, guidance, *, shape, stepper):
+def _sample(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):
     """Noise from the seeds alone, one scan over `times`, decoded to uint8."""
     noise = sampler.initial_noise(jax.random.key(0), seeds, shape)
     null = model.null(params)
@@ -139,4 +145,4 @@ def _sample(model: Model, params, states, mask, seeds, times, guidance, *, shape
         now = keys_and_values(t[: len(states)]) if model.time_cond else kv
         return flow.to_velocity(model.dit(params, x, t, now), x, t, model.prediction)
 
-    return to_uint8(model.decode(sampler.sample(sampler.guide(velocity, guidance), noise, times, stepper)))
+    return to_uint8(model.decode(vae, sampler.sample(sampler.guide(velocity, guidance), noise, times, stepper)))

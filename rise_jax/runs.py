@@ -5,36 +5,41 @@ states.npz and captions.jsonl (conditions.py), metrics.jsonl, summary.json.
 """
 
 import json
-import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
-from rise_jax.build import Model
+from rise_jax import published
+from rise_jax.build import Model, model_from
 from rise_jax.checkpoint import Checkpoints
+from rise_jax.language import states_in_batch
 from rise_jax.optim import make_optimizer
 from rise_jax.step import TrainState, new_state
-from rise_jax.trees import combine, named_leaves, partition, tree_sha256
+from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
 
-LOG = logging.getLogger(__name__)
-RANDOM = "random"
+RANDOM, FILE = "random", "file "
 
 
 class Parameters(NamedTuple):
-    """All leaves of a model and where each came from: 'random' or 'run SHA step N', by path."""
+    """All leaves of a model and where each came from, by path: 'random', 'run SHA step N' or 'file SHA'."""
 
     tree: dict
     provenance: dict[str, str]
 
 
 class Run(NamedTuple):
-    """What a run left: its config, meta of the checkpoint read, and all parameters, the trained ones from the EMA."""
+    """What a run left: its config, the model that means, meta of the checkpoint read, and all parameters, the trained ones from
+    the EMA. `trained` names these."""
 
-    config: dict
+    config: ConfigDict
+    model: Model
     meta: dict
     step: int
     params: dict
+    trained: set[str]
 
 
 def read_config(workdir: Path) -> dict:
@@ -45,41 +50,59 @@ def read_config(workdir: Path) -> dict:
     return json.loads(file.read_text())
 
 
-def read_run(workdir: Path, model: Model) -> Run:
-    """The newest good checkpoint of another run, which stays as it is. Every leaf has to fit `model`.
+def read_run(workdir: Path, d_llm: int) -> Run:
+    """The newest good checkpoint of a run, which stays as it is; `d_llm` is the width of the LLM it was trained on.
 
     Raises FileNotFoundError when there is no checkpoint, ValueError naming every leaf that does not fit.
     """
-    config = read_config(workdir)
-    trainable, rest = partition(model.abstract, config["model"]["trainable"])
-    optimizer = make_optimizer(1.0, kind=config["optim"]["kind"])  # for the shapes of its state alone
+    config = ConfigDict(read_config(workdir))
+    model = model_from(config.model, d_llm, states_in_batch)
+    trainable, rest = partition(model.abstract, list(config.model.trainable))
+    optimizer = make_optimizer(1.0, kind=config.optim.kind)  # for the shapes of its state alone
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
     found = checkpoints.restore(_on_one_device(jax.eval_shape(lambda leaves: new_state(leaves, optimizer), trainable)))
     checkpoints.close()
     if found is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
     step, state, meta = found
-    return Run(config, meta, step, combine(state.ema, read_frozen(Path(workdir), _on_one_device(rest))))
+    frozen = read_frozen(Path(workdir), config.model, rest, model.abstract, meta["provenance"], _one_device)
+    return Run(config, model, meta, step, combine(state.ema, frozen), set(named_leaves(state.ema)))
 
 
-def read_frozen(workdir: Path, abstract: dict) -> dict:
-    """The frozen leaves kept in a workdir ({} where everything is trained)."""
-    if not jax.tree.leaves(abstract):
-        return {}
+def read_frozen(
+    workdir: Path, model: ConfigDict, frozen: dict, abstract: dict, provenance: dict[str, str], place: Callable
+) -> dict:
+    """The leaves of `frozen` (a part of `abstract`): from the published files they came from, else as kept in the workdir.
+
+    `place(tree)` gives the shardings. Raises ValueError when a file is not the one that training began with.
+    """
+    names = named_leaves(frozen)
+    filed = [name for name in names if provenance[name].startswith(FILE)]
+    leaves, origins = published.load_leaves(model, abstract, filed, place)
+    changed = sorted({name.split("/")[0] for name in filed if origins.get(name) != provenance[name]})
+    if changed:
+        raise ValueError(f"{workdir} was trained with other files: {', '.join(changed)} changed since")
+    kept = nested({name: leaf for name, leaf in names.items() if name not in leaves})
+    if not kept:
+        return nested(leaves)
     checkpoints = Checkpoints(workdir / "frozen", read_only=True)
-    found = checkpoints.restore(abstract)
+    found = checkpoints.restore(_placed(kept, place))
     checkpoints.close()
     if found is None:
         raise FileNotFoundError(f"{workdir / 'frozen'} is missing: this run's frozen parameters were kept there")
-    return found[1]
+    return combine(nested(leaves), found[1])
 
 
 def write_frozen(workdir: Path, frozen: dict, provenance: dict[str, str]) -> None:
-    """Keeps the frozen leaves beside the run, once, so that it depends on no other folder."""
-    if not jax.tree.leaves(frozen):
+    """Keeps the frozen leaves that came from another run, once, so that this one does not depend on its folder.
+
+    Published files are large, and where they are is said by the config: their leaves are read from there again.
+    """
+    kept = {name: leaf for name, leaf in named_leaves(frozen).items() if not provenance[name].startswith(FILE)}
+    if not kept:
         return
     checkpoints = Checkpoints(workdir / "frozen", keep=1)
-    checkpoints.save(0, frozen, {"provenance": {name: provenance[name] for name in named_leaves(frozen)}})
+    checkpoints.save(0, nested(kept), {"provenance": {name: provenance[name] for name in kept}})
     checkpoints.close()
 
 
@@ -94,33 +117,63 @@ def refuse_random(frozen: dict, provenance: dict[str, str]) -> None:
 
 
 def initial_parameters(
-    model: Model, seed: int, source: Run | None, llm: dict, heard: tuple, shardings: Any
+    model: Model, config: ConfigDict, source: Run | None, llm: dict, heard: tuple, place: Callable
 ) -> Parameters:
-    """Random parameters, calibrated on `heard` (states, mask) of some texts, or those of another run.
+    """Every leaf from the first that has it: the run `source`, the config's published files, random initialisation.
 
-    Raises ValueError when that run heard another LLM or instruction.
+    A random adapter is calibrated on `heard` (states, mask) of some texts. Raises ValueError when the run heard another LLM or
+    instruction, or when its leaves are not those of this model (low-rank corrections may be new).
     """
-    if source is None:
-        tree = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
-        tree = jax.jit(model.calibrate, out_shardings=shardings)(tree, *heard)
-        return Parameters(tree, dict.fromkeys(named_leaves(tree), RANDOM))
+    names = named_leaves(model.abstract)
+    targets = named_leaves(place(model.abstract))
+    leaves, origins = _from_run(source, config, llm, names) if source else ({}, {})
+    leaves = {name: jax.device_put(leaf, targets[name]) for name, leaf in leaves.items()}
+    filed, filed_origins = published.load_leaves(config.model, model.abstract, names.keys() - leaves.keys(), place)
+    leaves, origins = leaves | filed, origins | filed_origins
+    new = [name for name in names if name not in leaves]
+    lacking = [name for name in new if source and "/low_rank_" not in name]
+    if lacking:
+        raise ValueError(f"run.init_from lacks {len(lacking)} parameters of this model, the first: {lacking[0]}")
+    if new:
+        chosen = lambda key: {name: leaf for name, leaf in named_leaves(model.init(key)).items() if name in new}
+        made = jax.jit(chosen, out_shardings={name: targets[name] for name in new})(jax.random.key(config.run.seed))
+        leaves, origins = leaves | made, origins | dict.fromkeys(new, RANDOM)
+    tree = nested({name: leaves[name] for name in names})
+    if not source:
+        part = {"adapter": tree["adapter"]}
+        tree |= jax.jit(model.calibrate, out_shardings=place(part))(part, *heard)
+    return Parameters(tree, {name: origins[name] for name in names})
+
+
+def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[dict, dict]:
+    """({path: leaf}, {path: origin}) of a run, without what it had from published files itself and this one has too."""
     differing = [key for key in llm if source.meta["llm"].get(key) != llm[key]]
     if differing:
         raise ValueError(f"run.init_from was trained on the states of another LLM: {', '.join(differing)} differ")
-    origin = f"run {tree_sha256(source.params)[:12]} step {source.step}"
-    return Parameters(jax.device_put(source.params, shardings), dict.fromkeys(named_leaves(source.params), origin))
+    own = named_leaves(source.params)
+    wrong = [name for name in own if name not in names]
+    wrong += [name for name in own if name in names and own[name].shape != names[name].shape]
+    if wrong:
+        raise ValueError(f"run.init_from has {len(wrong)} parameters that do not fit this model, the first: {wrong[0]}")
+    again = lambda name: name not in source.trained and source.meta["provenance"][name].startswith(FILE)
+    kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.get("path", ""))}
+    return kept, dict.fromkeys(kept, f"run {tree_sha256(source.params)[:12]} step {source.step}")
 
 
 def abstract_state(trainable: dict, optimizer, sharding_of) -> TrainState:
     """ShapeDtypeStructs of a TrainState with the shardings that `sharding_of(tree)` gives."""
-    abstract = jax.eval_shape(lambda leaves: new_state(leaves, optimizer), trainable)
+    return _placed(jax.eval_shape(lambda leaves: new_state(leaves, optimizer), trainable), sharding_of)
+
+
+def _one_device(tree):
+    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
+
+
+def _placed(tree, place):
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        sharding_of(abstract),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, place(tree)
     )
 
 
 def _on_one_device(tree):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    return _placed(tree, _one_device)

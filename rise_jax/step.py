@@ -33,7 +33,7 @@ def sample_losses(
     model: Model, params: dict, frozen: dict, batch: dict, t: jax.Array, noise: jax.Array, drop: jax.Array
 ):
     """Loss of every sample [B] at given times t [B], noise (shape of the latents) and dropped conditions [B] bool."""
-    latents = model.encode(to_float(batch["video"]))
+    latents = model.encode(frozen["vae"], to_float(batch["video"]))
     states, mask = model.states(frozen, batch)
     context = model.context(params, states, mask, t)
     context = jnp.where(drop[:, None, None], model.null(params), context)
@@ -48,7 +48,7 @@ def make_train_step(
 
     batch: video uint8 [B, T, H, W, 3]; states [B, L, d_llm] and states_mask [B, L] (or the token ids of the in-step LLM);
     index int32 [B], the global sample index; weight float32 [B], 0 for a clip that could not be read; step int32 [].
-    frozen: {"params": leaves that are not trained, "llm": ..., "prefix": ...}.
+    frozen: {"params": leaves that are not trained, "vae": ..., "llm": ..., "prefix": ...}, the last two for in-step states.
 
     A non-finite loss or gradient leaves the state as it was, and so does every later batch (`batch["step"]` runs ahead of
     `state.step`), so the caller may read `metrics["finite"]` late and still stop before the update.

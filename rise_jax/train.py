@@ -18,6 +18,7 @@ from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
 from rise_jax.language import Language, states_in_batch
 from rise_jax.optim import make_optimizer
+from rise_jax.published import load_vae
 from rise_jax.report import Report, peak_memory_gib, read_metrics, write_summary
 from rise_jax.sharding import check_batch, make_mesh, put_batch, shardings
 from rise_jax.step import make_train_step, new_state
@@ -28,6 +29,7 @@ from rise_jax.workdir import check_workdir, lock_workdir, write_json
 LOG = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 HEARD = 256  # texts whose states calibrate a new adapter
+PARTS = {"llm": "LLM or instruction", "vae": "VAE"}
 TAIL = 50  # steps in the final loss of the summary
 
 
@@ -78,6 +80,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
         table, frozen, heard = _conditions(config, workdir, source, language, mesh)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
         model = model_from(config.model, language.width, states)
+        vae, vae_identity = load_vae(config.model.vae.path)
+        frozen["vae"] = jax.device_put(vae, shardings(vae, mesh))
         optimizer = make_optimizer(
             config.optim.learning_rate,
             config.optim.warmup,
@@ -89,7 +93,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             decay_until=config.optim.decay_until,
         )
         start, state, frozen["params"], meta = _state(
-            config, workdir, checkpoints, model, optimizer, language.identity, heard, mesh
+            config, workdir, checkpoints, model, optimizer, {"llm": language.identity, "vae": vae_identity}, heard, mesh
         )
         step_fn = make_train_step(
             model,
@@ -131,7 +135,7 @@ def _conditions(config, workdir, source, language, mesh) -> tuple[dict, dict, tu
     return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}, language.teach(pairs[:HEARD])
 
 
-def _state(config, workdir, checkpoints, model, optimizer, llm, heard, mesh):
+def _state(config, workdir, checkpoints, model, optimizer, identities, heard, mesh):
     """(step, state, frozen parameters, meta) of a new run, or of the newest checkpoint."""
     trainable, rest = partition(model.abstract, list(config.model.trainable))
     place = lambda tree: shardings(tree, mesh)
@@ -139,21 +143,23 @@ def _state(config, workdir, checkpoints, model, optimizer, llm, heard, mesh):
     if found:
         step, state, meta = found
         LOG.info("continuing %s at step %d", workdir, step)
-        rest = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), rest, place(rest))
-        if meta["llm"] != llm:
-            raise ValueError(f"{workdir} was trained on another LLM or instruction: {meta['llm']} then, {llm} now")
-        return step, state, runs.read_frozen(workdir, rest), meta
+        for part, now in identities.items():
+            if meta[part] != now:
+                raise ValueError(f"{workdir} was trained with another {PARTS[part]}: {meta[part]} then, {now} now")
+        frozen = runs.read_frozen(workdir, config.model, rest, model.abstract, meta["provenance"], place)
+        return step, state, frozen, meta
     origin = find_start(config.run.init_from, config.run.preset)
-    source = runs.read_run(origin, model) if origin else None
+    source = runs.read_run(origin, heard[0].shape[-1]) if origin else None
     if source:
         LOG.info("starting from the EMA of %s, step %d", origin, source.step)
-    params, provenance = runs.initial_parameters(model, config.run.seed, source, llm, heard, place(model.abstract))
+    params, provenance = runs.initial_parameters(model, config, source, identities["llm"], heard, place)
     trained, frozen = partition(params, list(config.model.trainable))
     runs.refuse_random(frozen, provenance)
     runs.write_frozen(workdir, frozen, provenance)
     state = jax.jit(lambda leaves: new_state(leaves, optimizer), donate_argnums=0)(trained)
     state = jax.device_put(state, place(state))
-    return 0, state, frozen, {"config": config.to_dict(), "llm": llm, "provenance": provenance, "versions": _versions()}
+    meta = {"config": config.to_dict(), "provenance": provenance, "versions": _versions()} | identities
+    return 0, state, frozen, meta
 
 
 def _announce(config, source, start, state, frozen) -> None:

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
-from rise_jax.models.vae import VAES
 from rise_jax.optim import KINDS as OPTIMIZERS
+from rise_jax.published import dit_options, open_vae
 from rise_jax.sampler import STEPPERS
 
 
@@ -24,7 +24,7 @@ def validate(config: ConfigDict) -> None:
 
 def check_clip(frames: int, height: int, width: int, patch: tuple[int, int, int], vae: str, where: str) -> list[str]:
     """Faults of a clip size for a model; `where` is the config group it stands in, 'data' or 'sample'."""
-    coder = VAES[vae]
+    coder = open_vae(vae)
     faults = []
     if frames < 1 or frames % coder.time_stride != 1:
         near = max(coder.time_stride * round((frames - 1) / coder.time_stride), 0) + 1
@@ -43,7 +43,6 @@ def _choices(config: ConfigDict) -> Iterable[str]:
     choices = {
         "model.adapter.kind": (config.model.adapter.kind, KINDS),
         "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
-        "model.vae": (config.model.vae, VAES),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
         "model.prediction": (config.model.prediction, PREDICTIONS),
@@ -90,7 +89,7 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
 
 
 def _model_sizes(model: ConfigDict) -> Iterable[str]:
-    dit, adapter = model.dit, model.adapter
+    dit, adapter = ConfigDict(dit_options(model.dit.to_dict())), model.adapter
     yield from _divides("model.dit.width", dit.width, f"model.dit.heads={dit.heads}", dit.heads)
     if dit.width % dit.heads == 0 and dit.width // dit.heads % 2:
         yield (
@@ -112,10 +111,8 @@ def _model_sizes(model: ConfigDict) -> Iterable[str]:
 
 def _clip_sizes(config: ConfigDict) -> Iterable[str]:
     for where, group in (("data", config.data), ("sample", config.sample)):
-        if config.model.vae in VAES:
-            yield from check_clip(
-                group.frames, group.height, group.width, config.model.dit.patch, config.model.vae, where
-            )
+        patch = dit_options(config.model.dit.to_dict())["patch"]
+        yield from check_clip(group.frames, group.height, group.width, patch, config.model.vae.path, where)
 
 
 def _divides(name: str, size: int, by: str, divisor: int) -> Iterable[str]:

@@ -12,7 +12,15 @@ from einops import rearrange
 from flax import nnx
 
 from rise_jax.axes import Array, Float, typed
-from rise_jax.models.layers import attention, merge_heads, scan_blocks, sinusoid, split_heads, stack
+from rise_jax.models.layers import (
+    LowRankLinear,
+    attention,
+    merge_heads,
+    scan_blocks,
+    sinusoid,
+    split_heads,
+    stack,
+)
 
 TIME_SCALE = 1000.0  # published models take t in [0, 1000]
 FREQUENCIES = 256  # width of the time sinusoid, the same at every size
@@ -82,9 +90,10 @@ def _modulate(x: Array, scale: Array, shift: Array, dtype) -> Array:
 class Attention(nnx.Module):
     """Multi-head attention with RMS norms over the full width of queries and keys, before the head split."""
 
-    def __init__(self, width: int, heads: int, *, eps: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, eps: float, rank: int = 0, dtype, rngs: nnx.Rngs):
         def linear():
-            return nnx.Linear(width, width, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+            options = dict(dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+            return LowRankLinear(width, width, rank=rank, **options) if rank else nnx.Linear(width, width, **options)
 
         self.heads, self.dtype = heads, dtype
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
@@ -103,12 +112,14 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, width: int, mlp_width: int, heads: int, *, eps: float, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, mlp_width: int, heads: int, *, eps: float, low_rank: int = 0, dtype, rngs: nnx.Rngs
+    ):
         xavier = nnx.initializers.xavier_uniform()
         self.dtype = dtype
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, width)) / width**0.5)
         self.self_norm = _norm(width, eps, False, rngs)
-        self.self_attn = Attention(width, heads, eps=eps, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(width, heads, eps=eps, rank=low_rank, dtype=dtype, rngs=rngs)
         self.cross_norm = _norm(width, eps, True, rngs)
         self.cross_attn = Attention(width, heads, eps=eps, dtype=dtype, rngs=rngs)
         self.mlp_norm = _norm(width, eps, False, rngs)
@@ -134,6 +145,8 @@ class Block(nnx.Module):
 class DiT(nnx.Module):
     """Sizes: width = heads * head width, head width even; latents' F, H, W multiples of `patch`.
 
+    `low_rank` > 0 gives the projections of self-attention a correction of that rank (layers.LowRankLinear).
+
     `coordinates` appends the place of every cell to the latents as channels, which Wan's own text-to-video weights do not
     have: rotary positions are relative, so in pure noise a patch cannot tell the middle of the frame from its edge, and a
     model trained from scratch for minutes is late to learn where things are. It stays Wan's architecture, with more
@@ -155,6 +168,7 @@ class DiT(nnx.Module):
         remat: bool = False,
         unroll: bool = False,
         coordinates: bool = False,
+        low_rank: int = 0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -170,7 +184,9 @@ class DiT(nnx.Module):
         self.time_down = nnx.Linear(width, width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
         self.time_rows = nnx.Linear(width, 6 * width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
         self.blocks = stack(
-            lambda *, rngs: Block(width, mlp_width, heads, eps=eps, dtype=dtype, rngs=rngs), depth, rngs
+            lambda *, rngs: Block(width, mlp_width, heads, eps=eps, low_rank=low_rank, dtype=dtype, rngs=rngs),
+            depth,
+            rngs,
         )
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width)) / width**0.5)
         self.out_norm = _norm(width, eps, False, rngs)

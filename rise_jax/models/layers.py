@@ -33,6 +33,23 @@ def scan_blocks(
     return jax.lax.scan(body, carry, (params, per_layer), unroll=unroll)
 
 
+class LowRankLinear(nnx.Linear):
+    """x W + b + x A B: a correction of rank `rank` beside a kernel that stays as published (LoRA, arXiv 2106.09685, section 4.1).
+
+    A is `low_rank_in` [in, rank], B is `low_rank_out` [rank, out], which starts at zero.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, rngs: nnx.Rngs, **options):
+        super().__init__(in_features, out_features, rngs=rngs, **options)
+        self.low_rank_in = nnx.Param(jax.random.normal(rngs.params(), (in_features, rank)) / in_features**0.5)
+        self.low_rank_out = nnx.Param(jnp.zeros((rank, out_features)))
+
+    def __call__(self, x: Array) -> Array:
+        dtype = self.dtype or x.dtype
+        correction = x.astype(dtype) @ self.low_rank_in[...].astype(dtype) @ self.low_rank_out[...].astype(dtype)
+        return super().__call__(x) + correction
+
+
 @typed
 def attention(
     query: Float[Array, "B S N d"],

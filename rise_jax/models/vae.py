@@ -11,14 +11,17 @@ from rise_jax.axes import Array, Float, typed
 
 
 class Pixels(nnx.Module):
-    """Folds 4 frames into channels: T = 4n+1 frames, the first repeated 4 times, become F = n+1 latent frames. No parameters."""
+    """Folds 4 frames into channels: T = 4n+1 frames, the first repeated 4 times, become F = n+1 latent frames.
+
+    There are no parameters: `params` is {}.
+    """
 
     time_stride = 4
     space_stride = 1
     channels = 12
 
     @typed
-    def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F H W 12"]:
+    def encode(self, params: dict, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F H W 12"]:
         """[-1, 1] video with T = 4n+1 -> latents in [-1, 1]."""
         first = jnp.repeat(video[:, :1], self.time_stride, axis=1)
         return rearrange(
@@ -26,11 +29,9 @@ class Pixels(nnx.Module):
         )
 
     @typed
-    def decode(self, latents: Float[Array, "B F H W 12"]) -> Float[Array, "B T H W 3"]:
+    def decode(self, params: dict, latents: Float[Array, "B F H W 12"]) -> Float[Array, "B T H W 3"]:
         """Inverse of `encode`; the four copies of the first frame are averaged."""
         frames = rearrange(latents, "b f h w (k c) -> b (f k) h w c", k=self.time_stride)
         first = reduce(frames[:, : self.time_stride], "b k h w c -> b 1 h w c", "mean")
         return jnp.concatenate([first, frames[:, self.time_stride :]], axis=1)
 
-
-VAES = {"pixels": Pixels}
