@@ -104,7 +104,7 @@ class Pipeline:
         faults = check_clip(*size, self.config.model.dit.patch, self.config.model.vae, "sample")
         if faults:
             raise ValueError("; ".join(faults))
-        times = sampler.time_table(chosen["steps"], self.model.shift)
+        times = sampler.times_for(chosen["stepper"], chosen["steps"], self.model.shift)
         limit = min(self.config.sample.batch_size, len(seeds))
         videos = []
         for start in range(0, len(seeds), limit):

@@ -22,7 +22,7 @@ LAYERS = (
     ("axes", "trees"),
     ("models.layers", "flow", "optim", "sharding", "checkpoint", "report", "text", "video", "workdir"),
     ("models", "data"),
-    ("sampler", "rephrase", "weights", "weights_files", "language", "conditions", "data.loader", "data.open"),
+    ("unipc", "sampler", "rephrase", "weights", "weights_files", "language", "conditions", "data.loader", "data.open"),
     ("metrics", "pixel_rules"),
     ("build", "step", "runs", "validate"),
     ("pipeline", "rise_jax"),
