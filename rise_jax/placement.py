@@ -25,7 +25,7 @@ class Place:
     """Where a published tensor goes: path in the tree, layer of a stacked leaf (None where it is not), and its published form.
 
     plain: as it is here. matrix: transposed. row: with one more axis, of size 1, in front. conv: [D, C, pt, ph, pw] over disjoint
-    patches, which is the matrix [pt*ph*pw*C, D].
+    patches, which is the matrix [pt*ph*pw*C, D]. kernel: [out, in, *window] of a convolution, here [*window, in, out].
     """
 
     path: str
@@ -38,18 +38,24 @@ class Place:
         own = leaf if self.layer is None else leaf[1:]
         if self.form == "conv":
             return (own[1], own[0] // int(np.prod(self.patch)), *self.patch)
+        if self.form == "kernel":
+            return (own[-1], own[-2], *own[:-2])
         return {"plain": own, "matrix": own[::-1], "row": (1, *own)}[self.form]
 
     def inward(self, value: np.ndarray) -> np.ndarray:
         """Published form -> that of the tree; a view wherever numpy can make one."""
         if self.form == "conv":
             return value.transpose(2, 3, 4, 1, 0).reshape(-1, len(value))
+        if self.form == "kernel":
+            return np.moveaxis(value, (0, 1), (-1, -2))
         return {"plain": value, "matrix": value.T, "row": value[0]}[self.form]
 
     def outward(self, value: np.ndarray) -> np.ndarray:
         """The inverse of `inward`."""
         if self.form == "conv":
             return value.reshape(*self.patch, -1, value.shape[1]).transpose(4, 3, 0, 1, 2)
+        if self.form == "kernel":
+            return np.moveaxis(value, (-1, -2), (0, 1))
         return {"plain": value, "matrix": value.T, "row": value[None]}[self.form]
 
 

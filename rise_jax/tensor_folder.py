@@ -76,6 +76,17 @@ class TensorFolder:
         return {path: _map(path) for path in self.files}
 
 
+class TensorFile(TensorFolder):
+    """One .safetensors file by itself, without settings."""
+
+    def __init__(self, path: Path | str):
+        """FileNotFoundError when there is no file, ValueError when it cannot be parsed or is cut short."""
+        self.path, self.settings = Path(path), {}
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no file at {path}")
+        self.files, self.tensors = [self.path], _header(self.path)
+
+
 def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -31,6 +31,7 @@ LAYERS = (
         "tensor_folder",
         "placement",
         "weights_wan",
+        "weights_wan_vae",
         "weights_t5",
         "language",
         "conditions",
