@@ -109,7 +109,7 @@ class Pipeline:
         faults = check_clip(*size, self.model.patch, self.config.model.vae.path, "sample")
         if faults:
             raise ValueError("; ".join(faults))
-        times = sampler.time_table(chosen["steps"], self.model.shift)
+        times = sampler.times_for(chosen["stepper"], chosen["steps"], self.model.shift)
         limit = min(self.config.sample.batch_size, len(seeds))
         videos = []
         for start in range(0, len(seeds), limit):

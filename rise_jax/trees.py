@@ -20,6 +20,14 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def nested(leaves: dict[str, Any]) -> dict:
+    """{path: leaf} -> nested dict: the inverse of `named_leaves`."""
+    tree: dict = {}
+    for name, leaf in leaves.items():
+        _insert(tree, name, leaf)
+    return tree
+
+
 def path_names(tree: Any) -> list[str]:
     """Paths of all leaves in the order of `jax.tree.leaves`."""
     return list(named_leaves(tree))

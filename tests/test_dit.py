@@ -1,176 +1,16 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import WanTransformer3DModel
 from flax import nnx
 
 from rise_jax.models.dit import DiT, coordinate_channels, fit_context, patchify, rope_table, unpatchify
-
-# diffusers' name -> path in our tree; `N` stands for the block's number. Linear weights get transposed.
-NAMES = {
-    "scale_shift_table": "modulation",
-    "patch_embedding.weight": "patch_in/kernel",
-    "patch_embedding.bias": "patch_in/bias",
-    "proj_out": "patch_out",
-    "condition_embedder.time_embedder.linear_1": "time_up",
-    "condition_embedder.time_embedder.linear_2": "time_down",
-    "condition_embedder.time_proj": "time_rows",
-    "condition_embedder.text_embedder.linear_1": "text_up",
-    "condition_embedder.text_embedder.linear_2": "text_down",
-    "blocks.N.scale_shift_table": "blocks/modulation",
-    "blocks.N.norm2": "blocks/cross_norm",
-    "blocks.N.ffn.net.0.proj": "blocks/up",
-    "blocks.N.ffn.net.2": "blocks/down",
-} | {
-    f"blocks.N.{theirs}.{part}": f"blocks/{ours}/{name}"
-    for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-    for part, name in (
-        ("to_q", "query"),
-        ("to_k", "key"),
-        ("to_v", "value"),
-        ("to_out.0", "out"),
-        ("norm_q", "query_norm"),
-        ("norm_k", "key_norm"),
-    )
-}
-
-CONFIGS = {
-    "wan patch": dict(channels=4, patch=(1, 2, 2), heads=2, head_width=12, mlp_width=40, depth=2, d_ctx=6, text_len=5),
-    "other patch": dict(
-        channels=3, patch=(2, 1, 3), heads=3, head_width=16, mlp_width=24, depth=3, d_ctx=9, text_len=4
-    ),
-    "coordinates, unrolled": dict(
-        channels=4,
-        patch=(1, 2, 2),
-        heads=2,
-        head_width=12,
-        mlp_width=40,
-        depth=2,
-        d_ctx=6,
-        text_len=5,
-        coordinates=True,
-        unroll=True,
-    ),
-}
-GRID = (2, 3, 2)  # tokens in time, height, width
-
-
-def ours_of(theirs):
-    """A torch state or gradient dict -> our nested dict of numpy arrays."""
-    layers = {}
-    for name, value in theirs.items():
-        number = name.split(".")[1] if name.startswith("blocks.") else None
-        generic = name.replace(f".{number}.", ".N.", 1)
-        path, array = NAMES.get(generic), value.numpy()
-        if path is None:  # a module: its weight is a kernel, or the scale of a norm
-            module, leaf = generic.rsplit(".", 1)
-            path = f"{NAMES[module]}/{'bias' if leaf == 'bias' else 'kernel' if array.ndim == 2 else 'scale'}"
-        if array.ndim == 5:  # Conv3d [D, C, pt, ph, pw] over disjoint patches: a matrix
-            array = array.transpose(2, 3, 4, 1, 0).reshape(-1, array.shape[0])
-        elif path.endswith("modulation"):
-            array = array[0]
-        elif array.ndim == 2:
-            array = array.T
-        layers.setdefault(path, []).append(array)
-    tree = {}
-    for path, arrays in layers.items():
-        *parents, leaf = path.split("/")
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-        node[leaf] = np.stack(arrays) if path.startswith("blocks/") else arrays[0]
-    return tree
-
-
-def build(channels, patch, heads, head_width, **sizes):
-    sizes = sizes | dict(channels=channels, patch=patch, heads=heads, width=heads * head_width)
-    module = nnx.eval_shape(lambda: DiT(rngs=nnx.Rngs(params=jax.random.key(0)), **sizes))
-    graph, abstract, rest = nnx.split(module, nnx.Param, ...)
-    assert not jax.tree.leaves(rest), "only Params may be leaves"
-    return graph, nnx.to_pure_dict(abstract)
-
-
-def build_torch(channels, patch, heads, head_width, mlp_width, depth, d_ctx, text_len, coordinates=False, unroll=False):
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        patch_size=patch,
-        num_attention_heads=heads,
-        attention_head_dim=head_width,
-        in_channels=channels + 14 * coordinates,
-        out_channels=channels,
-        text_dim=d_ctx,
-        freq_dim=256,
-        ffn_dim=mlp_width,
-        num_layers=depth,
-    )
-    for parameter in model.parameters():  # nothing stays at 0 or 1
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def make_inputs(channels, patch, d_ctx, context_length, **_):
-    rng = np.random.default_rng(0)
-    size = [tokens * p for tokens, p in zip(GRID, patch, strict=True)]
-    latents = rng.normal(size=(2, *size, channels)).astype("f4")
-    return latents, np.array([0.13, 0.92], "f4"), rng.normal(size=(2, context_length, d_ctx)).astype("f4")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def forward(graph, params, latents, t, context):
-    dit = nnx.merge(graph, params)
-    with jax.default_matmul_precision("highest"):
-        return dit(latents, t, dit.kv(context))
-
-
-def forward_torch(model, latents, t, context, text_len):
-    """Channels first, times in [0, 1000], text zero-padded and coordinates appended by the caller."""
-    if model.config.in_channels > model.config.out_channels:
-        places = torch.tensor(coordinate_channels(*latents.shape[1:4]))
-        latents = torch.cat([latents, places.expand(len(latents), *places.shape)], dim=-1)
-    padding = torch.zeros(len(context), text_len - context.shape[1], context.shape[2])
-    output = model(latents.movedim(-1, 1), 1000 * t, torch.cat([context, padding], dim=1), return_dict=False)[0]
-    return output.movedim(1, -1)
-
-
-def relative(ours, theirs):
-    return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_agrees_with_diffusers(config):
-    """Output and every gradient, with a context shorter than text_len."""
-    model = build_torch(**config)
-    graph, abstract = build(**config)
-    params = ours_of({name: parameter.detach() for name, parameter in model.named_parameters()})
-    assert jax.tree.map(np.shape, params) == jax.tree.map(jnp.shape, abstract)
-
-    inputs = make_inputs(context_length=config["text_len"] - 2, **config)
-    latents, t, context = (torch.tensor(x) for x in inputs)
-    latents.requires_grad_(), context.requires_grad_()
-    theirs = forward_torch(model, latents, t, context, config["text_len"])
-    weights = np.random.default_rng(1).normal(size=theirs.shape).astype("f4")
-    (theirs * torch.tensor(weights)).sum().backward()
-
-    def weighted(params, latents, context):
-        ours = forward(graph, params, latents, inputs[1], context)
-        return jnp.sum(weights * ours), ours
-
-    grad = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))
-    gradients, ours = grad(params, inputs[0], inputs[2])
-    assert relative(ours, theirs.detach()) < 1e-5
-    expected = (ours_of({n: p.grad for n, p in model.named_parameters()}), latents.grad.numpy(), context.grad.numpy())
-    errors = jax.tree.map(relative, gradients, expected)
-    assert max(jax.tree.leaves(errors)) < 1e-4, errors
+from tests.wan import GRID, TINY, build, forward, make_inputs, random_params, relative, sizes_of
 
 
 def tiny():
-    config = CONFIGS["wan patch"]
-    graph, abstract = build(**config)
-    rng = np.random.default_rng(2)
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), abstract)
-    return config, graph, params
+    graph, abstract = build(**TINY)
+    return TINY, graph, random_params(abstract)
 
 
 def test_context_is_cut_or_padded_with_zeros_that_are_attended():
@@ -266,13 +106,11 @@ def test_rope_shares_the_pairs_out():
 
 
 def test_starts_at_zero_output():
-    config = CONFIGS["wan patch"] | dict(width=24)
-    config.pop("head_width")
-    inputs = make_inputs(context_length=3, **config)
+    inputs = make_inputs(context_length=3, **TINY)
 
     @jax.jit
     def fresh(latents, t, context):
-        dit = DiT(rngs=nnx.Rngs(params=jax.random.key(0)), **config)
+        dit = DiT(rngs=nnx.Rngs(params=jax.random.key(0)), **sizes_of(TINY))
         return dit(latents, t, dit.kv(context))
 
     output = fresh(*inputs)

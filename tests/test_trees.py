@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rise_jax.trees import combine, nearest_paths, partition, path_names, tree_sha256
+from rise_jax.trees import combine, named_leaves, nearest_paths, nested, partition, path_names, tree_sha256
 
 TREE = {
     "adapter": {"query": {"kernel": 1, "bias": 2}, "null": 3},
@@ -37,6 +37,10 @@ def test_partition_takes_what_matches_and_leaves_the_rest():
 @given(st.sets(st.sampled_from(path_names(TREE)), min_size=1))
 def test_combine_undoes_partition(names):
     assert combine(*partition(TREE, sorted(f"^{name}$" for name in names))) == TREE
+
+
+def test_nested_undoes_named_leaves():
+    assert nested(named_leaves(TREE)) == TREE
 
 
 def test_combine_refuses_a_leaf_that_both_hold():

@@ -223,3 +223,10 @@ class DiT(nnx.Module):
         shift, scale = jnp.split(self.modulation[...] + time[:, None], 2, axis=1)
         x = _modulate(self.out_norm(x), scale, shift, self.dtype)
         return unpatchify(self.patch_out(x), grid, self.patch).astype(jnp.float32)
+
+
+def abstract_dit(**sizes) -> dict:
+    """The nested dict of a DiT's ShapeDtypeStructs, for DiT's own keyword arguments."""
+    return nnx.to_pure_dict(
+        nnx.state(nnx.eval_shape(lambda: DiT(rngs=nnx.Rngs(params=jax.random.key(0)), **sizes)), nnx.Param)
+    )

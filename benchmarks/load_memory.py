@@ -1,0 +1,113 @@
+"""Memory that loading a Wan DiT takes on the host beyond what stays, for a file of about 1 GiB made for the purpose.
+
+    python benchmarks/load_memory.py [--depth 10] [--plain]
+
+Each case runs in a process of its own: the kernel's record of the peak resident memory (VmHWM) minus the resident memory right
+after loading, over the bytes of the largest stacked leaf. Aim: at most 1.3. `--plain` adds what it is compared with: the whole file
+read into a dict of arrays, then stacked.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from rise_jax.trees import named_leaves, nested
+from rise_jax.weights_wan import STEM, abstract_wan, load_wan, save_wan, wan_table
+
+# Wan2.1-T2V-1.3B but for its depth, which is 30.
+SIZES = dict(width=1536, mlp_width=8960, heads=12, patch=(1, 2, 2), channels=16, d_ctx=4096, text_len=512)
+
+
+def write_file(folder: Path, dtype, depth: int) -> None:
+    """Random weights in diffusers' layout, one file."""
+    rng = np.random.default_rng(0)
+    abstract = abstract_wan(SIZES | dict(depth=depth), dtype)
+    params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32).astype(leaf.dtype), abstract)
+    save_wan(params, SIZES | dict(depth=depth), folder)
+
+
+def load_plain(folder: Path, dtype) -> dict:
+    """The whole file at once: the naive way."""
+    tensors = safetensors.numpy.load_file(folder / f"{STEM}.safetensors")
+    depth = json.loads((folder / "config.json").read_text())["num_layers"]
+    abstract = abstract_wan(SIZES | dict(depth=depth), dtype)
+    leaves = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in named_leaves(abstract).items()}
+    for name, place in wan_table(abstract, SIZES["patch"], "diffusers").items():
+        leaves[place.path][... if place.layer is None else place.layer] = place.inward(tensors[name])
+    return jax.device_put(nested(leaves))
+
+
+def status(key: str) -> int:
+    """Bytes by the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def measure(folder: Path, dtype, plain: bool) -> dict:
+    """Loads once, in this process."""
+    jax.block_until_ready(jnp.zeros(8))  # the backend's own memory
+    start = time.perf_counter()
+    params = load_plain(folder, dtype) if plain else load_wan(folder, dtype=dtype).params
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - start
+    peak, final = status("VmHWM"), status("VmRSS")
+    leaves = named_leaves(params).values()
+    return dict(
+        seconds=seconds,
+        file=(folder / f"{STEM}.safetensors").stat().st_size,
+        params=sum(leaf.nbytes for leaf in leaves),
+        largest=max(leaf.nbytes for leaf in leaves),
+        peak=peak,
+        final=final,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--depth", type=int, default=10, help="blocks of the bf16 file; half as many in fp32 (default: 10)"
+    )
+    parser.add_argument("--plain", action="store_true", help="also the naive way, for comparison")
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        folder, dtype, plain = arguments.case
+        print(json.dumps(measure(Path(folder), jnp.dtype(dtype), plain == "plain")))
+        return
+    names = ("file", "loaded as", "way", "file MiB", "leaves", "largest", "peak-final", "ratio", "s")
+    print("".join(f"{name:>11}" for name in names))
+    for stored, depth in (("bfloat16", arguments.depth), ("float32", arguments.depth // 2)):
+        with tempfile.TemporaryDirectory() as folder:
+            write_file(Path(folder), jnp.dtype(stored), depth)
+            for way in ("stream", "plain") if arguments.plain else ("stream",):
+                for dtype in ("bfloat16", "float32"):
+                    report(stored, dtype, way, folder)
+
+
+def report(stored: str, dtype: str, way: str, folder: str) -> None:
+    command = [sys.executable, __file__, "--case", folder, dtype, way]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    extra = found["peak"] - found["final"]
+    sizes = [bytes / 2**20 for bytes in (found["file"], found["params"], found["largest"], extra)]
+    row = [
+        stored,
+        dtype,
+        way,
+        *(f"{size:.0f}" for size in sizes),
+        f"{extra / found['largest']:.2f}",
+        f"{found['seconds']:.2f}",
+    ]
+    print("".join(f"{cell:>11}" for cell in row))
+
+
+if __name__ == "__main__":
+    main()

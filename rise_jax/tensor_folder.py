@@ -1,0 +1,130 @@
+"""One folder as diffusers and transformers write it: config.json, and safetensors in one file or in shards named by an index.
+
+Files are mapped, not read: a tensor costs memory only while it is being copied from, and a slice only what it touches.
+"""
+
+import hashlib
+import json
+import mmap
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+AGAIN = "the file is damaged or incomplete: download it again"
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+BYTES = 8  # of the header's length, little-endian, which opens a file
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies. `dtype` is the format's own name for it, `shape` in torch order (out, in)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorFolder:
+    """`settings` are those of config.json, `tensors` maps every tensor's name to its `Tensor`."""
+
+    def __init__(self, path: Path | str, stem: str):
+        """`stem` opens the names of the weight files: "model" for transformers, "diffusion_pytorch_model" for diffusers.
+
+        FileNotFoundError names every file that is missing, ValueError one that cannot be parsed or is cut short.
+        """
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"no folder at {self.path}")
+        self.settings = _json(self.path / "config.json")
+        index = self.path / f"{stem}.safetensors.index.json"
+        names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
+        self.files = [self.path / name for name in names]
+        missing = [file.name for file in self.files if not file.is_file()]
+        if missing:
+            also = "" if index.is_file() else f" (or {index.name} with its shards)"
+            raise FileNotFoundError(f"{self.path} lacks {', '.join(missing)}{also}: the folder is incomplete")
+        self.tensors = {name: tensor for file in self.files for name, tensor in _header(file).items()}
+
+    def view(self, name: str) -> np.ndarray:
+        """The values, in the file's dtype and torch order, read from disk where and when they are touched."""
+        tensor = self.tensors[name]
+        dtype = DTYPES[tensor.dtype]
+        count = (tensor.stop - tensor.start) // dtype.itemsize
+        return np.frombuffer(self._maps[tensor.file], dtype, count, tensor.start).reshape(tensor.shape)
+
+    def release(self, name: str) -> None:
+        """Gives the memory behind a view back; touching the view again reads from disk again."""
+        tensor = self.tensors[name]
+        start = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, start, tensor.stop - start)
+
+    def sha256(self) -> str:
+        """Over the weight files in order of their names; takes as long as reading them."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    @cached_property
+    def _maps(self):
+        return {path: _map(path) for path in self.files}
+
+
+class TensorFile(TensorFolder):
+    """One .safetensors file by itself, without settings."""
+
+    def __init__(self, path: Path | str):
+        """FileNotFoundError when there is no file, ValueError when it cannot be parsed or is cut short."""
+        self.path, self.settings = Path(path), {}
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no file at {path}")
+        self.files, self.tensors = [self.path], _header(self.path)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(BYTES), "little")
+        text = file.read(length) if BYTES + length <= size else b""
+    start = BYTES + length
+    try:
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        tensors = {
+            name: Tensor(path, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+            for name, entry in entries.items()
+        }
+        ends = [_checked_end(name, tensor) for name, tensor in tensors.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); {AGAIN}") from error
+    if max(ends, default=start) != size:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({size} bytes, {max(ends, default=start)} announced); {AGAIN}"
+        )
+    return tensors
+
+
+def _checked_end(name: str, tensor: Tensor) -> int:
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype and tensor.stop - tensor.start != dtype.itemsize * np.prod(tensor.shape, dtype=int):
+        raise ValueError(f"{name} is {tensor.shape} of {tensor.dtype} in {tensor.stop - tensor.start} bytes")
+    return tensor.stop
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} lacks {path.name}: the folder is incomplete")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {AGAIN}") from error

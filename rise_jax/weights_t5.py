@@ -1,0 +1,146 @@
+"""The encoder of a published T5 v1.1 or umT5: weights from a Hugging Face folder, and texts as it wants them.
+
+Source of the names: transformers `modeling_t5.py` and `modeling_umt5.py` (Apache-2.0).
+"""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from rise_jax.models.t5 import T5Config, make_t5
+from rise_jax.placement import Place, check, stream
+from rise_jax.tensor_folder import TensorFolder
+from rise_jax.text import Tokenizer, right_pad
+from rise_jax.trees import named_leaves
+
+# Leaf -> published name; {} stands for a layer's number.
+NAMES = {
+    "embed/embedding": "shared.weight",
+    "final_norm/scale": "encoder.final_layer_norm.weight",
+    "position_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "blocks/self_attn/position_bias": "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight",
+    "blocks/self_attn/query/kernel": "encoder.block.{}.layer.0.SelfAttention.q.weight",
+    "blocks/self_attn/key/kernel": "encoder.block.{}.layer.0.SelfAttention.k.weight",
+    "blocks/self_attn/value/kernel": "encoder.block.{}.layer.0.SelfAttention.v.weight",
+    "blocks/self_attn/out/kernel": "encoder.block.{}.layer.0.SelfAttention.o.weight",
+    "blocks/attn_norm/scale": "encoder.block.{}.layer.0.layer_norm.weight",
+    "blocks/gate/kernel": "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight",
+    "blocks/up/kernel": "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
+    "blocks/down/kernel": "encoder.block.{}.layer.1.DenseReluDense.wo.weight",
+    "blocks/mlp_norm/scale": "encoder.block.{}.layer.1.layer_norm.weight",
+}
+TIED = "encoder.embed_tokens.weight"  # a second name of the embedding
+IGNORED = ("decoder.", "lm_head.", TIED)  # what else a whole T5's folder holds
+ONLY = dict(feed_forward_proj="gated-gelu", dense_act_fn="gelu_new", is_gated_act=True, is_decoder=False)
+# Field of T5Config -> its key in config.json.
+SIZES = dict(
+    vocab="vocab_size", width="d_model", mlp_width="d_ff", depth="num_layers", heads="num_heads", head_width="d_kv"
+)
+
+
+class LoadedT5(NamedTuple):
+    """An encoder as read from disk: `params` for `make_t5(config, dtype)`, `source` the folder of its weights."""
+
+    config: T5Config
+    params: dict
+    tokenizer: Tokenizer
+    source: TensorFolder
+
+
+def load_t5(path: Path | str, dtype: Any = jnp.float32, place: Any = None) -> LoadedT5:
+    """Loads an encoder from a folder with config.json, model.safetensors (or shards) and tokenizer.json.
+
+    A pipeline's folder with text_encoder/ and tokenizer/ does as well. Kernels come in `dtype`, norm scales and position
+    biases in fp32.
+
+    Args:
+      place: tree of abstract leaves -> tree of Shardings, e.g. `sharding.shardings` of a mesh; None: the default device.
+
+    Raises:
+      FileNotFoundError: naming the files that are missing. ValueError: an option that this encoder does not have, by its name;
+        or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
+    """
+    path = Path(path)
+    folder = TensorFolder(path / "text_encoder" if (path / "text_encoder").is_dir() else path, "model")
+    config = t5_config(folder)
+    abstract = make_t5(config, dtype)[1]
+    table = t5_table(abstract)
+    if "shared.weight" not in folder.tensors and TIED in folder.tensors:
+        table[TIED] = table.pop("shared.weight")
+    check(abstract, table, folder, IGNORED)
+    tokenizer = _tokenizer(path, folder)
+    return LoadedT5(config, stream(abstract, table, folder, place and place(abstract)), tokenizer, folder)
+
+
+def text_ids(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32 [B, length], mask bool [B, length]): end token added, padded on the right.
+
+    Texts are cleaned as Wan cleans them: HTML's names of characters resolved (twice), white space made single spaces. Wan also
+    repairs wrongly decoded characters (ftfy), which is not done here.
+
+    Raises ValueError for a text of more than `length` tokens, the end token counted; none is ever cut.
+    """
+    clean = [" ".join(html.unescape(html.unescape(text)).split()) for text in texts]
+    rows = [[*tokenizer.encode(text), tokenizer.eos[0]] for text in clean]
+    for text, row in zip(texts, rows):
+        if len(row) > length:
+            raise ValueError(
+                f"a text has {len(row)} tokens with its end token, the encoder's limit is {length}; "
+                f"shorten it: {text[:80]!r} ..."
+            )
+    return right_pad(rows, length, tokenizer.pad)
+
+
+def t5_table(tree: dict) -> dict[str, Place]:
+    """Published name -> Place, for every leaf of an encoder's tree (arrays or abstract)."""
+    table = {}
+    for path, leaf in named_leaves(tree).items():
+        form = "matrix" if path.endswith("kernel") else "plain"
+        for layer in range(leaf.shape[0]) if path.startswith("blocks/") else (None,):
+            table[NAMES[path].format(layer)] = Place(path, layer, form)
+    return table
+
+
+def t5_config(folder: TensorFolder) -> T5Config:
+    """From config.json; ValueError names every setting that this encoder does not have."""
+    settings, where = folder.settings, f"{folder.path}/config.json"
+    kind = settings.get("model_type")
+    if kind not in ("t5", "umt5"):
+        raise ValueError(f"{where}: model_type={kind!r} is not supported; known: t5, umt5")
+    proj = "gated-gelu" if kind == "umt5" else "relu"  # where transformers' config is silent
+    found = {"feed_forward_proj": proj} | settings
+    wrong = [
+        f"{key}={found[key]!r} (supported: {only!r})" for key, only in ONLY.items() if found.get(key, only) != only
+    ]
+    if wrong:
+        raise ValueError(f"{where}: not supported: {', '.join(wrong)}")
+    lacking = [key for key in SIZES.values() if key not in settings]
+    if lacking:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    return T5Config(
+        **{size: settings[key] for size, key in SIZES.items()},
+        shared_bias=kind == "t5",
+        buckets=settings.get("relative_attention_num_buckets", 32),
+        max_distance=settings.get("relative_attention_max_distance", 128),
+        norm_eps=settings.get("layer_norm_epsilon", 1e-6),
+    )
+
+
+def _tokenizer(path: Path, folder: TensorFolder) -> Tokenizer:
+    """The tokenizer.json beside the weights, or in tokenizer/ of the pipeline they belong to."""
+    places = [folder.path, path / "tokenizer", path.parent / "tokenizer"]
+    files = [place / "tokenizer.json" for place in places]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"no tokenizer.json in {', '.join(str(place) for place in places)}")
+    eos = folder.settings.get("eos_token_id", 1)
+    return Tokenizer(
+        tokenizers.Tokenizer.from_file(str(found)),
+        tuple(eos) if isinstance(eos, list) else (eos,),
+        folder.settings.get("pad_token_id", 0),
+    )

@@ -1,0 +1,199 @@
+"""Weights of the Wan 2.1 text-to-video DiT, in and out: diffusers' layout both ways, the original one in.
+
+Sources of the names: diffusers `transformer_wan.py` and Wan2.1 `wan/modules/model.py` (both Apache-2.0).
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rise_jax.models.dit import COORDINATES, FREQUENCIES, abstract_dit
+from rise_jax.placement import SHARD_BYTES, Place, check, save, stream
+from rise_jax.tensor_folder import TensorFolder
+from rise_jax.trees import named_leaves, path_name
+
+STEM = "diffusion_pytorch_model"
+LAYOUTS = {"WanTransformer3DModel": "diffusers", "WanModel": "original"}  # by config.json's _class_name
+TEXT_LEN = 512  # of the published models; diffusers' config does not say it
+TEXT_WIDTH = 4096  # of umT5-XXL; the original config does not say it
+KEPT_FP32 = r"(^|/)(modulation|time_up|time_down|cross_norm)(/|$)"  # diffusers' _keep_in_fp32_modules
+
+# Module or parameter here -> (diffusers', the original one). {} stands for a layer's number.
+NAMES = {
+    "modulation": ("scale_shift_table", "head.modulation"),
+    "patch_in": ("patch_embedding", "patch_embedding"),
+    "patch_out": ("proj_out", "head.head"),
+    "time_up": ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    "time_down": ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    "time_rows": ("condition_embedder.time_proj", "time_projection.1"),
+    "text_up": ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    "text_down": ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    "blocks/modulation": ("blocks.{}.scale_shift_table", "blocks.{}.modulation"),
+    "blocks/cross_norm": ("blocks.{}.norm2", "blocks.{}.norm3"),  # diffusers numbers norms in the order of their use
+    "blocks/up": ("blocks.{}.ffn.net.0.proj", "blocks.{}.ffn.0"),
+    "blocks/down": ("blocks.{}.ffn.net.2", "blocks.{}.ffn.2"),
+} | {
+    f"blocks/{module}/{part}": (f"blocks.{{}}.{theirs}.{their_part}", f"blocks.{{}}.{module}.{original}")
+    for module, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for part, their_part, original in (
+        ("query", "to_q", "q"),
+        ("key", "to_k", "k"),
+        ("value", "to_v", "v"),
+        ("out", "to_out.0", "o"),
+        ("query_norm", "norm_q", "norm_q"),
+        ("key_norm", "norm_k", "norm_k"),
+    )
+}
+SUFFIXES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias", "modulation": ""}
+
+# Key of config.json -> size here.
+SIZES = {
+    "diffusers": dict(
+        num_attention_heads="heads",
+        attention_head_dim="head_width",
+        ffn_dim="mlp_width",
+        num_layers="depth",
+        in_channels="in_channels",
+        out_channels="channels",
+        text_dim="d_ctx",
+        patch_size="patch",
+        eps="eps",
+    ),
+    "original": dict(
+        num_heads="heads",
+        dim="width",
+        ffn_dim="mlp_width",
+        num_layers="depth",
+        in_dim="in_channels",
+        out_dim="channels",
+        text_dim="d_ctx",
+        patch_size="patch",
+        eps="eps",
+        text_len="text_len",
+    ),
+}
+DEFAULTS = dict(patch=(1, 2, 2), d_ctx=TEXT_WIDTH, text_len=TEXT_LEN, eps=1e-6)  # where the config is silent
+# Options of which the DiT has one value.
+ONLY = {
+    "diffusers": dict(
+        freq_dim=FREQUENCIES,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        image_dim=None,
+        added_kv_proj_dim=None,
+        pos_embed_seq_len=None,
+    ),
+    "original": dict(freq_dim=FREQUENCIES, model_type="t2v", cross_attn_norm=True, qk_norm=True, window_size=[-1, -1]),
+}
+FREE = {"rope_max_seq_len": 1024}  # length of a table that is computed here as far as it is used
+
+
+class LoadedDiT(NamedTuple):
+    """`sizes` are keyword arguments of models.dit.DiT, `params` its nested dict, `source` the folder it came from."""
+
+    sizes: dict
+    params: dict
+    source: TensorFolder
+
+
+def load_wan(
+    path: Path | str, *, text_len: int | None = None, dtype: Any = jnp.float32, place: Any = None
+) -> LoadedDiT:
+    """Loads a DiT from a folder of either layout (or a pipeline's folder that has it in transformer/).
+
+    Args:
+      text_len: tokens of context, where it is not the file's own (the original layout's) or 512.
+      dtype: of the leaves, but for modulations, time embedding and affine norms, which stay fp32 as in diffusers.
+      place: tree of abstract leaves -> tree of Shardings, e.g. `sharding.shardings` of a mesh; None: the default device.
+
+    Raises:
+      FileNotFoundError: naming the files that are missing. ValueError: an option that the DiT does not have, by its name;
+        or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
+    """
+    path = Path(path)
+    folder = TensorFolder(path / "transformer" if (path / "transformer").is_dir() else path, STEM)
+    sizes, layout = wan_sizes(folder)
+    sizes |= {"text_len": text_len} if text_len else {}
+    abstract = abstract_wan(sizes, dtype)
+    table = wan_table(abstract, sizes["patch"], layout)
+    check(abstract, table, folder)
+    return LoadedDiT(sizes, stream(abstract, table, folder, place and place(abstract)), folder)
+
+
+def save_wan(params: dict, sizes: dict, folder: Path | str, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a DiT so that `WanTransformer3DModel.from_pretrained(folder)` loads it; leaves keep their dtypes.
+
+    `sizes` as in `LoadedDiT`. With `coordinates` the model expects them behind its latents (models/dit.py).
+    """
+    save(params, wan_table(params, sizes["patch"], "diffusers"), Path(folder), STEM, _settings(sizes), shard_bytes)
+
+
+def wan_table(tree: dict, patch: tuple[int, int, int], layout: str) -> dict[str, Place]:
+    """Published name -> Place, for every leaf of a DiT's tree (arrays or abstract); layout "diffusers" or "original"."""
+    table = {}
+    for path, leaf in named_leaves(tree).items():
+        last = path.rpartition("/")[2]
+        module = path if last == "modulation" else path.rpartition("/")[0]
+        name = NAMES[module][layout == "original"] + SUFFIXES[last]
+        form = {"kernel": "conv" if module == "patch_in" else "matrix", "modulation": "row"}.get(last, "plain")
+        for layer in range(leaf.shape[0]) if path.startswith("blocks/") else (None,):
+            table[name.format(layer)] = Place(path, layer, form, tuple(patch))
+    return table
+
+
+def wan_sizes(folder: TensorFolder) -> tuple[dict, str]:
+    """(keyword arguments of DiT, layout) from config.json; ValueError names every setting that the DiT does not have."""
+    settings, where = folder.settings, f"{folder.path}/config.json"
+    layout = LAYOUTS.get(settings.get("_class_name"))
+    if layout is None:
+        raise ValueError(
+            f"{where}: _class_name={settings.get('_class_name')!r} is not supported; known: {', '.join(LAYOUTS)}"
+        )
+    _refuse_others(settings, layout, where)
+    given = {size: settings[key] for key, size in SIZES[layout].items() if settings.get(key) is not None}
+    lacking = [key for key, size in SIZES[layout].items() if size not in given | DEFAULTS | {"channels": 0}]
+    if lacking:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    sizes = DEFAULTS | {"channels": given["in_channels"]} | given
+    inward, head_width = sizes.pop("in_channels"), sizes.pop("head_width", None)
+    extra = inward - sizes["channels"]
+    if extra not in (0, COORDINATES):
+        raise ValueError(
+            f"{where}: {inward} channels in and {sizes['channels']} out are not supported: "
+            f"equal numbers are (Wan), or {COORDINATES} more (coordinates, models/dit.py)"
+        )
+    width = sizes.get("width") or sizes["heads"] * head_width
+    return sizes | dict(width=width, patch=tuple(sizes["patch"]), coordinates=extra > 0), layout
+
+
+def abstract_wan(sizes: dict, dtype: Any = jnp.float32) -> dict:
+    """The DiT's nested dict of ShapeDtypeStructs, with `dtype` wherever `load_wan` gives it."""
+    cast = lambda path, leaf: leaf if re.search(KEPT_FP32, path_name(path)) else jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return jax.tree_util.tree_map_with_path(cast, abstract_dit(**sizes))
+
+
+def _refuse_others(settings: dict, layout: str, where: str) -> None:
+    only = ONLY[layout]
+    found = [
+        f"{key}={settings[key]!r} (supported: {value!r})"
+        for key, value in only.items()
+        if settings.get(key, value) != value
+    ]
+    known = {*SIZES[layout], *only, *FREE}
+    found += [f"{key}={value!r} (unknown)" for key, value in settings.items() if key not in known and key[0] != "_"]
+    if found:
+        raise ValueError(f"{where}: not supported: {', '.join(found)}")
+
+
+def _settings(sizes: dict) -> dict:
+    own = sizes | dict(
+        head_width=sizes["width"] // sizes["heads"],
+        in_channels=sizes["channels"] + COORDINATES * sizes.get("coordinates", False),
+        patch=list(sizes["patch"]),
+        eps=sizes.get("eps", DEFAULTS["eps"]),
+    )
+    named = {key: own[size] for key, size in SIZES["diffusers"].items()}
+    return {"_class_name": "WanTransformer3DModel", **ONLY["diffusers"], **FREE, **named}

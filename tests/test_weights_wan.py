@@ -1,0 +1,362 @@
+"""Wan's DiT: agreement with diffusers from the folders it saved, both layouts' names, export, and every kind of broken folder."""
+
+import collections
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+from rise_jax import sharding
+from rise_jax.placement import check
+from rise_jax.tensor_folder import TensorFolder
+from rise_jax.trees import named_leaves
+from rise_jax.weights_wan import STEM, abstract_wan, load_wan, save_wan, wan_sizes, wan_table
+from tests import wan
+from tests.wan import TINY, relative, sizes_of
+
+SHAPES = (
+    Path(__file__).parent / "fixtures" / "wan_shapes.txt"
+)  # of WanTransformer3DModel's state dict, diffusers 0.42.1
+
+# config, token grid, tokens of context
+CASES = {
+    "wan patch": (TINY, (2, 3, 2), 3),
+    "other patch": (TINY | dict(patch=(2, 1, 3), channels=3, heads=3, head_width=16, depth=3, d_ctx=9), (2, 3, 2), 5),
+    "one frame": (TINY | dict(heads=1, head_width=20, text_len=9), (1, 5, 7), 1),
+    "five frames": (TINY | dict(heads=4, head_width=6, mlp_width=28, text_len=7), (5, 1, 3), 7),
+    "coordinates": (TINY | dict(coordinates=True), (2, 3, 2), 3),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tiny model as diffusers saves it."""
+    path = tmp_path_factory.mktemp("tiny")
+    wan.build_torch(**TINY).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def change_config(folder, **settings):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def read_tensors(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: value for file in files for name, value in safetensors.numpy.load_file(file).items()}
+
+
+def write_tensors(folder, tensors):
+    safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
+
+
+def bits(tree):
+    return {
+        path: (leaf.dtype.name, leaf.shape, np.asarray(leaf).tobytes()) for path, leaf in named_leaves(tree).items()
+    }
+
+
+def renamed_by_diffusers(names):
+    """{original name: diffusers' name}, by diffusers' own converter."""
+    return {original: name for name, original in convert_wan_transformer_to_diffusers(dict(zip(names, names))).items()}
+
+
+# ---- agreement ----
+
+
+@pytest.mark.parametrize(("config", "grid", "length"), CASES.values(), ids=CASES)
+def test_output_and_every_gradient_are_diffusers(config, grid, length, tmp_path):
+    """From the folder it saved, with a context shorter than text_len in most cases."""
+    model = wan.build_torch(**config)
+    model.save_pretrained(tmp_path)
+    loaded = load_wan(tmp_path, text_len=config["text_len"])
+    graph, abstract = wan.build(**config)
+    assert abstract_wan(loaded.sizes) == abstract
+
+    inputs = wan.make_inputs(context_length=length, grid=grid, **config)
+    latents, t, context = (torch.tensor(x) for x in inputs)
+    latents.requires_grad_(), context.requires_grad_()
+    theirs = wan.forward_torch(model, latents, t, context, config["text_len"])
+    weights = np.random.default_rng(1).normal(size=theirs.shape).astype("f4")
+    (theirs * torch.tensor(weights)).sum().backward()
+
+    def weighted(params, latents, context):
+        ours = wan.forward(graph, params, latents, inputs[1], context)
+        return jnp.sum(weights * ours), ours
+
+    gradients, ours = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(loaded.params, inputs[0], inputs[2])
+    assert relative(ours, theirs.detach()) < 1e-5
+    named = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = (wan.tree_of(named, abstract, config["patch"]), latents.grad.numpy(), context.grad.numpy())
+    errors = jax.tree.map(relative, gradients, expected)
+    assert max(jax.tree.leaves(errors)) < 1e-4, errors
+
+
+def test_sharded_and_single_files_and_a_pipelines_folder_give_the_same(folder, tmp_path):
+    expected = bits(load_wan(folder).params)
+    wan.build_torch(**TINY).save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    assert bits(load_wan(tmp_path).params) == expected
+
+
+# ---- names ----
+
+
+def published_shapes():
+    """{headline: {name: shape}} with every block written out."""
+    models = collections.defaultdict(dict)
+    for line in SHAPES.read_text().splitlines():
+        if line.startswith("##"):
+            headline = line
+            continue
+        name, shape, *times = line.split("\t")
+        for layer in range(int(times[0][1:])) if times else [None]:
+            models[headline][name.replace("{i}", str(layer))] = tuple(json.loads(shape))
+    return models
+
+
+@pytest.mark.parametrize("headline", published_shapes(), ids=lambda headline: headline.split()[1])
+def test_every_published_key_is_mapped_both_ways(headline, tmp_path):
+    """On shapes alone: no array is made."""
+    expected = published_shapes()[headline]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"_class_name": "WanTransformer3DModel", **json.loads(headline.split("config=")[1])})
+    )
+    write_tensors(tmp_path, {"none": np.zeros(1)})
+    sizes, layout = wan_sizes(TensorFolder(tmp_path, STEM))
+    abstract = abstract_wan(sizes, jnp.bfloat16)
+    leaves = named_leaves(abstract)
+    table = wan_table(abstract, sizes["patch"], layout)
+    assert {name: place.shape(leaves[place.path].shape) for name, place in table.items()} == expected
+    assert f"tensors={len(table)}" in headline
+    assert f"params={sum(leaf.size for leaf in leaves.values()):,}" in headline
+
+    places = {(place.path, place.layer) for place in table.values()}
+    every = {
+        (path, layer)
+        for path, leaf in leaves.items()
+        for layer in (range(leaf.shape[0]) if path.startswith("blocks/") else [None])
+    }
+    assert places == every and len(places) == len(table)
+
+    original = wan_table(abstract, sizes["patch"], "original")
+    renamed = renamed_by_diffusers(list(original))
+    assert {renamed[name]: place for name, place in original.items()} == table
+
+
+def test_the_original_layout_gives_the_same_parameters(folder, tmp_path):
+    theirs = read_tensors(folder)
+    abstract = abstract_wan(sizes_of(TINY))
+    renamed = renamed_by_diffusers(list(wan_table(abstract, TINY["patch"], "original")))
+    write_tensors(tmp_path, {original: theirs[name] for original, name in renamed.items()})
+    settings = dict(
+        _class_name="WanModel", model_type="t2v", freq_dim=256, dim=24, ffn_dim=40, num_heads=2, num_layers=2
+    )
+    settings |= dict(in_dim=4, out_dim=4, text_len=5, text_dim=6, eps=1e-6)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    loaded = load_wan(tmp_path)
+    assert loaded.sizes["text_len"] == 5
+    assert bits(loaded.params) == bits(load_wan(folder).params)
+    assert "blocks.0.norm3.weight" in renamed and renamed["blocks.0.norm3.weight"] == "blocks.0.norm2.weight"
+
+
+def test_sizes_of_a_config_that_says_little(tmp_path):
+    settings = dict(
+        _class_name="WanModel", model_type="t2v", freq_dim=256, dim=24, ffn_dim=40, num_heads=2, num_layers=2
+    )
+    (tmp_path / "config.json").write_text(json.dumps(settings | dict(in_dim=16, out_dim=16)))
+    write_tensors(tmp_path, {"none": np.zeros(1)})
+    sizes, layout = wan_sizes(TensorFolder(tmp_path, STEM))
+    assert (layout, sizes["patch"], sizes["d_ctx"], sizes["text_len"]) == ("original", (1, 2, 2), 4096, 512)
+
+
+# ---- export ----
+
+
+@pytest.mark.parametrize(
+    ("limit", "coordinates"), [(5_000_000_000, False), (20_000, True)], ids=["one file", "sharded, coordinates"]
+)
+def test_what_is_saved_loads_in_diffusers_and_gives_the_same_output(limit, coordinates, tmp_path):
+    config = TINY | dict(coordinates=coordinates)
+    graph, abstract = wan.build(**config)
+    params = wan.random_params(abstract)
+    save_wan(params, sizes_of(config), tmp_path, limit)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 2) == (tmp_path / f"{STEM}.safetensors.index.json").exists() == (limit == 20_000)
+    assert max(file.stat().st_size for file in files) < limit + 10_000
+    model, report = WanTransformer3DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    inputs = wan.make_inputs(context_length=3, **config)
+    with torch.no_grad():
+        theirs = wan.forward_torch(model, *(torch.tensor(x) for x in inputs), config["text_len"])
+    assert relative(wan.forward(graph, params, *inputs), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_round_trip_keeps_every_bit(dtype, tmp_path):
+    config = TINY | dict(coordinates=True)
+    params = wan.random_params(abstract_wan(sizes_of(config), dtype))
+    save_wan(params, sizes_of(config), tmp_path, 20_000)
+    loaded = load_wan(tmp_path, text_len=config["text_len"], dtype=dtype)
+    assert bits(loaded.params) == bits(params)
+    assert loaded.sizes == sizes_of(config) | dict(eps=1e-6)
+    model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert model.patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_diffusers_own_file_comes_back_byte_for_byte(folder, tmp_path):
+    loaded = load_wan(folder)
+    save_wan(loaded.params, loaded.sizes, tmp_path)
+    before, after = read_tensors(folder), read_tensors(tmp_path)
+    assert {name: value.tobytes() for name, value in before.items()} == {k: v.tobytes() for k, v in after.items()}
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path)]
+    assert {k: v for k, v in configs[0].items() if k != "_diffusers_version"} == configs[1]
+
+
+def test_weights_are_never_written_over(folder, copy):
+    loaded = load_wan(folder)
+    with pytest.raises(FileExistsError, match=rf"copy already holds {STEM}\.safetensors"):
+        save_wan(loaded.params, loaded.sizes, copy)
+
+
+# ---- placement ----
+
+
+def test_bf16_keeps_in_fp32_what_diffusers_keeps(folder):
+    params = named_leaves(load_wan(folder, dtype=jnp.bfloat16).params)
+    model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    theirs = {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in model.named_parameters()}
+    table = wan_table(load_wan(folder).params, TINY["patch"], "diffusers")
+    assert {name: params[place.path].dtype.name for name, place in table.items()} == theirs
+
+
+def test_leaves_go_straight_to_their_shardings(folder):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    place = lambda tree: sharding.shardings(tree, mesh)
+    spread, alone = load_wan(folder, place=place).params, load_wan(folder).params
+    assert bits(spread) == bits(alone)
+    assert jax.tree.map(lambda leaf: leaf.sharding, spread) == place(alone)
+    kernel = spread["blocks"]["self_attn"]["query"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 12, 12)
+
+
+def test_layers_may_be_spread_too(folder):
+    mesh = jax.make_mesh((2,), ("layers",), devices=jax.devices()[:2])
+    along = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("layers"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    place = lambda tree: (
+        tree
+        | {
+            name: jax.tree.map(lambda _, to=along if name == "blocks" else whole: to, part)
+            for name, part in tree.items()
+        }
+    )
+    assert bits(load_wan(folder, place=place).params) == bits(load_wan(folder).params)
+
+
+# ---- broken folders ----
+
+
+def test_all_mismatches_are_reported_at_once(copy):
+    tensors = read_tensors(copy)
+    del tensors["blocks.1.norm2.bias"]
+    tensors["blocks.0.norm3.weight"] = np.zeros(24, np.float32)
+    tensors["patch_embedding.weight"] = np.zeros((24, 4, 2, 2), np.float32)
+    tensors["proj_out.bias"] = np.zeros(16, np.int8)
+    write_tensors(copy, tensors)
+    with pytest.raises(ValueError, match="4 problems") as error:
+        load_wan(copy)
+    for problem in (
+        "missing: blocks.1.norm2.bias (24,)",
+        "left over: blocks.0.norm3.weight (24,)",
+        "wrong shape: patch_embedding.weight is (24, 4, 2, 2), expected (24, 4, 1, 2, 2)",
+        "wrong dtype: proj_out.bias is I8, readable: F32, F16, BF16",
+    ):
+        assert problem in str(error.value)
+
+
+def test_names_that_may_be_there_are_only_let_pass_when_said(folder):
+    source = TensorFolder(folder, STEM)
+    abstract = abstract_wan(sizes_of(TINY))
+    table = wan_table(abstract, TINY["patch"], "diffusers")
+    extra = table.pop("proj_out.bias")
+    check(abstract, table, source, ("proj_out.",))
+    with pytest.raises(ValueError, match=r"left over: proj_out\.bias"):
+        check(abstract, table, source)
+    assert extra.path == "patch_out/bias"
+
+
+@pytest.mark.parametrize("name", ["config.json", f"{STEM}.safetensors"])
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name.replace(".", r"\.")):
+        load_wan(copy)
+    with pytest.raises(FileNotFoundError, match="no folder at .*absent"):
+        load_wan(copy / "absent")
+
+
+def test_all_missing_shards_are_named(tmp_path):
+    wan.build_torch(**TINY).save_pretrained(tmp_path, max_shard_size="20KB")
+    gone = sorted(tmp_path.glob("*.safetensors"))[1:3]
+    for file in gone:
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {gone[0].name}, {gone[1].name}: the folder is incomplete"):
+        load_wan(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 50, 3000, -1])
+def test_a_truncated_file_says_so(copy, kept):
+    file = copy / f"{STEM}.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"safetensors cannot be read as safetensors.*download it again"):
+        load_wan(copy)
+
+
+def test_a_header_whose_sizes_do_not_agree_says_so(copy):
+    file = copy / f"{STEM}.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"shape":[16]', b'"shape":[15]', 1))
+    with pytest.raises(ValueError, match=r"proj_out\.bias is \(15,\) of F32 in 64 bytes.*download it again"):
+        load_wan(copy)
+
+
+def test_a_broken_config_says_so(copy):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load_wan(copy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            dict(_class_name="HunyuanVideoTransformer3DModel"),
+            "Hunyuan.*not supported; known: WanTransformer3DModel, WanModel",
+        ),
+        (
+            dict(qk_norm="layer_norm", image_dim=1280),
+            "qk_norm='layer_norm' .supported: 'rms_norm_across_heads'., image_dim=1280",
+        ),
+        (dict(freq_dim=128), "freq_dim=128 .supported: 256"),
+        (dict(cross_attn_norm=False), "cross_attn_norm=False .supported: True"),
+        (dict(window_attention=4), "window_attention=4 .unknown"),
+        (dict(in_channels=36), "36 channels in and 4 out are not supported: equal numbers"),
+        (dict(ffn_dim=None, num_layers=None), "lacks ffn_dim, num_layers"),
+    ],
+)
+def test_what_the_dit_lacks_is_refused_by_name(copy, settings, message):
+    change_config(copy, **settings)
+    with pytest.raises(ValueError, match=message):
+        load_wan(copy)
