@@ -11,7 +11,15 @@ PRESETS = {
     "tiny": dict(
         adapter=dict(kind="refiner", d_ctx=128, width=128, depth=2, heads=4, registers=4, time_cond="off"),
         dit=dict(
-            width=128, mlp_width=512, heads=4, depth=6, patch=(1, 4, 4), text_len=36, coordinates=True, unroll=True
+            path="",
+            width=128,
+            mlp_width=512,
+            heads=4,
+            depth=6,
+            patch=(1, 4, 4),
+            text_len=36,
+            coordinates=True,
+            unroll=True,
         ),
         llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=32),
         dtype="float32",
@@ -27,7 +35,9 @@ PRESETS = {
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.
     "small": dict(
         adapter=dict(kind="refiner", d_ctx=768, width=1024, depth=4, heads=16, registers=4, time_cond="off"),
-        dit=dict(width=768, mlp_width=3072, heads=12, depth=16, patch=(1, 4, 4), text_len=128, coordinates=True),
+        dit=dict(
+            path="", width=768, mlp_width=3072, heads=12, depth=16, patch=(1, 4, 4), text_len=128, coordinates=True
+        ),
         llm=dict(path="embedded", instruction="scenes", dtype="bfloat16", max_prompt=96, max_new=96),
         dtype="bfloat16",
         frames=17,

@@ -51,7 +51,7 @@ class Pipeline:
             )
         vae, identity = load_vae(config.model.vae.path)
         if run.meta["vae"] != identity:
-            raise ValueError(f"{workdir} was trained with another VAE: {run.meta['vae']} then, {identity} now")
+            raise ValueError(f"{workdir} was trained on another VAE: {run.meta['vae']} then, {identity} now")
         return cls(run.model, run.params, vae, language, config)
 
     def __call__(

@@ -18,7 +18,7 @@ from rise_jax.models.wan_vae import WanVAE
 from rise_jax.placement import check, stream
 from rise_jax.trees import named_leaves, nested
 from rise_jax.weights_wan import transformer_folder, wan_sizes, wan_table
-from rise_jax.weights_wan_vae import load_wan_vae, wan_vae_config
+from rise_jax.weights_wan_vae import load_wan_vae, open_wan_vae
 
 PIXELS = "pixels"
 LEARNED = "learned"
@@ -27,7 +27,7 @@ RUNTIME = ("unroll", "remat", "low_rank")  # options of the DiT that are not siz
 
 def open_vae(path: str) -> Pixels | WanVAE:
     """The VAE's functions and sizes; reads no weights. FileNotFoundError or ValueError for a path that holds none."""
-    return Pixels() if path == PIXELS else WanVAE(wan_vae_config(path))
+    return Pixels() if path == PIXELS else WanVAE(open_wan_vae(path)[0])
 
 
 def load_vae(path: str) -> tuple[dict, dict]:
@@ -35,7 +35,20 @@ def load_vae(path: str) -> tuple[dict, dict]:
     if path == PIXELS:
         return {}, {}
     loaded = load_wan_vae(path)
-    return loaded.params, {"sha256": loaded.identity["sha256"]}
+    return loaded.params, {"sha256": loaded.source.sha256()}
+
+
+def dit_faults(path: str, d_ctx: int, vae: str) -> list[str]:
+    """What of a published DiT does not fit an adapter that writes `d_ctx` wide, and the VAE at `vae`; none for an empty path."""
+    if not path:
+        return []
+    sizes, coder = wan_sizes(transformer_folder(path))[0], open_vae(vae)
+    faults = []
+    if sizes["d_ctx"] != d_ctx:
+        faults.append(f"model.adapter.d_ctx={d_ctx}, but the DiT at {path} takes text of width {sizes['d_ctx']}")
+    if sizes["channels"] != coder.channels:
+        faults.append(f"model.vae.path={vae} has {coder.channels} channels, the DiT at {path} {sizes['channels']}")
+    return faults
 
 
 def dit_options(row: dict) -> dict:
@@ -89,7 +102,9 @@ def load_null(path: str, width: int) -> tuple[np.ndarray, str]:
     FileNotFoundError or ValueError say what is missing or of another width.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"model.null={path!r} is no file: give 'learned', or a .safetensors with a tensor `null`")
+        raise FileNotFoundError(
+            f"model.null={path!r} is no file: give 'learned', or a .safetensors with a tensor `null`"
+        )
     tensors = safetensors.numpy.load_file(path)
     value = tensors.get("null")
     if value is None or value.ndim != 3 or value.shape[0] != 1 or value.shape[2] != width:

@@ -145,7 +145,7 @@ def _state(config, workdir, checkpoints, model, optimizer, identities, heard, me
         LOG.info("continuing %s at step %d", workdir, step)
         for part, now in identities.items():
             if meta[part] != now:
-                raise ValueError(f"{workdir} was trained with another {PARTS[part]}: {meta[part]} then, {now} now")
+                raise ValueError(f"{workdir} was trained on another {PARTS[part]}: {meta[part]} then, {now} now")
         frozen = runs.read_frozen(workdir, config.model, rest, model.abstract, meta["provenance"], place)
         return step, state, frozen, meta
     origin = find_start(config.run.init_from, config.run.preset)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
 from rise_jax.optim import KINDS as OPTIMIZERS
-from rise_jax.published import dit_options, open_vae
+from rise_jax.published import dit_faults, dit_options, open_vae
 from rise_jax.sampler import STEPPERS
 
 
@@ -90,6 +90,7 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
 
 def _model_sizes(model: ConfigDict) -> Iterable[str]:
     dit, adapter = ConfigDict(dit_options(model.dit.to_dict())), model.adapter
+    yield from dit_faults(model.dit.get("path", ""), adapter.d_ctx, model.vae.path)
     yield from _divides("model.dit.width", dit.width, f"model.dit.heads={dit.heads}", dit.heads)
     if dit.width % dit.heads == 0 and dit.width // dit.heads % 2:
         yield (

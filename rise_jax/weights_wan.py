@@ -113,14 +113,19 @@ def load_wan(
       FileNotFoundError: naming the files that are missing. ValueError: an option that the DiT does not have, by its name;
         or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
     """
-    path = Path(path)
-    folder = TensorFolder(path / "transformer" if (path / "transformer").is_dir() else path, STEM)
+    folder = transformer_folder(path)
     sizes, layout = wan_sizes(folder)
     sizes |= {"text_len": text_len} if text_len else {}
     abstract = abstract_wan(sizes, dtype)
     table = wan_table(abstract, sizes["patch"], layout)
     check(abstract, table, folder)
     return LoadedDiT(sizes, stream(abstract, table, folder, place and place(abstract)), folder)
+
+
+def transformer_folder(path: Path | str) -> TensorFolder:
+    """The DiT's folder: `path` itself, or the transformer/ in it."""
+    path = Path(path)
+    return TensorFolder(path / "transformer" if (path / "transformer").is_dir() else path, STEM)
 
 
 def save_wan(params: dict, sizes: dict, folder: Path | str, shard_bytes: int = SHARD_BYTES) -> None:

@@ -69,21 +69,25 @@ def load_wan_vae(path: Path | str, config: WanVAEConfig = WAN_2_1, *, place: Any
       FileNotFoundError: naming the files that are missing. ValueError: an option that the VAE does not have, by its name;
         or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
     """
+    config, source = open_wan_vae(path, config)
+    abstract = WanVAE(config).abstract
+    layout = "original" if "encoder.conv1.weight" in source.tensors else "diffusers"
+    table = wan_vae_table(config, layout)
+    check(abstract, table, source)
+    return LoadedWanVAE(config, stream(abstract, table, source, place and place(abstract)), source)
+
+
+def open_wan_vae(path: Path | str, config: WanVAEConfig = WAN_2_1) -> tuple[WanVAEConfig, TensorFile | TensorFolder]:
+    """(sizes, weights still on disk) of what `load_wan_vae` loads, with the same arguments and errors, those of tensors aside."""
     path = Path(path)
     if path.suffix in (".pth", ".pt", ".ckpt"):
         raise ValueError(
             f"{path} is a pickle, which may run code when it is read: save its tensors as .safetensors first"
         )
     if path.suffix == ".safetensors":
-        source = TensorFile(path)
-    else:
-        source = TensorFolder(path / "vae" if (path / "vae").is_dir() else path, STEM)
-        config = wan_vae_config(source)
-    abstract = WanVAE(config).abstract
-    layout = "original" if "encoder.conv1.weight" in source.tensors else "diffusers"
-    table = wan_vae_table(config, layout)
-    check(abstract, table, source)
-    return LoadedWanVAE(config, stream(abstract, table, source, place and place(abstract)), source)
+        return config, TensorFile(path)
+    source = TensorFolder(path / "vae" if (path / "vae").is_dir() else path, STEM)
+    return wan_vae_config(source), source
 
 
 def save_wan_vae(params: dict, config: WanVAEConfig, folder: Path | str) -> None:

@@ -33,6 +33,7 @@ LAYERS = (
         "weights_wan",
         "weights_wan_vae",
         "weights_t5",
+        "published",
         "language",
         "conditions",
         "data.loader",

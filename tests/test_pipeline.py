@@ -39,7 +39,7 @@ def loud(pipe):
     """The same with noise on every parameter: after two steps of training little moves a pixel."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), pipe.params)
-    return Pipeline(pipe.model, params, pipe.language, pipe.config)
+    return Pipeline(pipe.model, params, pipe.vae, pipe.language, pipe.config)
 
 
 @contextmanager

@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import WIDTH, tiny_config, write_llm
+from tiny import WIDTH, on_one_device, tiny_config, write_llm
 
 from rise_jax import Pipeline, runs
 from rise_jax.build import model_from
@@ -127,8 +126,7 @@ def test_new_parameters_are_random_and_calibrated_on_what_is_heard(left):
     model = model_from(left.config.model, WIDTH, states_in_batch)
     states = np.random.default_rng(0).normal(3, 5, (4, 6, WIDTH)).astype(np.float32)
     mask = np.arange(6) < np.array([6, 2, 4, 1])[:, None]
-    place = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), model.abstract)
-    params, provenance = runs.initial_parameters(model, 0, None, {}, (states, mask), place)
+    params, provenance = runs.initial_parameters(model, left.config, None, {}, (states, mask), on_one_device)
     assert provenance == dict.fromkeys(named_leaves(params), "random")
     states[~mask] = 1e6
     again, other = (named_leaves(model.calibrate(params, *heard)) for heard in ((states, mask), (states, ~mask)))
@@ -139,7 +137,9 @@ def test_new_parameters_are_random_and_calibrated_on_what_is_heard(left):
 
 def test_nothing_is_kept_where_nothing_is_frozen(tmp_path):
     runs.write_frozen(tmp_path, {}, {})
-    assert not list(tmp_path.iterdir()) and runs.read_frozen(tmp_path, {}) == {}
+    model = tiny_config(1, write_llm(tmp_path / "llm")).model
+    assert runs.read_frozen(tmp_path, model, {}, {}, {}, on_one_device) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["llm"]
 
 
 def test_frozen_parameters_must_not_be_random():

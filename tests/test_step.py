@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
-from rise_jax.build import build_model
+from rise_jax.build import model_from
 from rise_jax.language import states_in_batch
 from rise_jax.optim import make_optimizer
 from rise_jax.sharding import batch_sharding, make_mesh, shardings
@@ -19,7 +20,9 @@ D_LLM, TOKENS, BATCH = 16, 5, 8
 SIZES = dict(
     adapter=dict(kind="refiner", d_ctx=16, width=16, depth=1, heads=2, registers=2, time_cond="off"),
     dit=dict(width=32, mlp_width=32, heads=4, depth=2, patch=(1, 4, 4), text_len=8, remat=False),
-    vae="pixels",
+    vae=dict(path="pixels"),
+    null="learned",
+    trainable=(".",),
     dtype="float32",
     prediction="data",
     shift=1.0,
@@ -28,7 +31,7 @@ RATES = dict(drop=0.25, time_mean=0.0, time_std=1.0, ema=0.9)
 
 
 def make(**changes):
-    return build_model(d_llm=D_LLM, states=states_in_batch, **(SIZES | changes))
+    return model_from(ConfigDict(SIZES | changes), D_LLM, states_in_batch)
 
 
 def make_batch(seed=0, frames=5, size=BATCH, step=0):
@@ -143,9 +146,9 @@ def test_a_non_finite_step_changes_nothing_and_blocks_the_next(model, params, po
     bad["states"][1] = np.nan if poison == "states" else 0
     if poison == "loss_overflow":
         bad["weight"][1] = np.inf
-    state, metrics = step(state, {"params": {}}, bad, jax.random.key(0))
+    state, metrics = step(state, {"params": {}, "vae": {}}, bad, jax.random.key(0))
     assert not metrics["finite"]
-    state, metrics = step(state, {"params": {}}, make_batch(step=1), jax.random.key(0))
+    state, metrics = step(state, {"params": {}, "vae": {}}, make_batch(step=1), jax.random.key(0))
     assert metrics["finite"] and tree_sha256(state) == before
 
 
@@ -170,7 +173,7 @@ def test_every_mesh_gives_the_same_loss_and_gradients(model, params, sizes):
         state = new_state(placed, optimizer)
         rows = {k: jax.device_put(v, batch_sharding(mesh)) if np.ndim(v) else v for k, v in batch.items()}
         step = jax.jit(make_train_step(model, optimizer, **RATES))
-        many, metrics = step(state, {"params": {}}, rows, jax.random.key(0))
+        many, metrics = step(state, {"params": {}, "vae": {}}, rows, jax.random.key(0))
     np.testing.assert_allclose(metrics["loss"], one_metrics["loss"], rtol=1e-5)
     assert_same_gradients(params, one.params, many.params)
 
@@ -182,7 +185,9 @@ def test_the_null_condition_is_what_a_dropped_prompt_gets(model, params):
     for drop, equal in ((1.0, True), (0.0, False)):
         step = jax.jit(make_train_step(model, optax.sgd(0.1), **(RATES | {"drop": drop})))
         losses = [
-            float(step(new_state(params, optax.sgd(0.1)), {"params": {}}, batch, jax.random.key(0))[1]["loss"])
+            float(
+                step(new_state(params, optax.sgd(0.1)), {"params": {}, "vae": {}}, batch, jax.random.key(0))[1]["loss"]
+            )
             for batch in (make_batch(), other)
         ]
         assert (losses[0] == losses[1]) == equal
@@ -200,10 +205,10 @@ def test_it_learns_64_samples_and_uses_the_condition(model):
     state = new_state(model.init(jax.random.key(0)), optimizer)
     step = jax.jit(make_train_step(model, optimizer, drop=0.1, time_mean=1.0, time_std=1.0, ema=0.9))
     for i in range(400):
-        state, _ = step(state, {"params": {}}, batch | {"step": np.int32(i)}, jax.random.key(0))
+        state, _ = step(state, {"params": {}, "vae": {}}, batch | {"step": np.int32(i)}, jax.random.key(0))
     evaluate = jax.jit(make_eval_step(model), static_argnums=3)
     losses = lambda states: float(
-        evaluate(state.params, {"params": {}}, batch | {"states": states}, (0.9,), jax.random.key(1)).mean()
+        evaluate(state.params, {"params": {}, "vae": {}}, batch | {"states": states}, (0.9,), jax.random.key(1)).mean()
     )
     true, shuffled = losses(batch["states"]), losses(np.roll(batch["states"], 1, 0))
     assert true < 0.5 * shuffled

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, write_llm
+from tiny import on_one_device, tiny_config, write_llm
 
 from rise_jax.build import model_from
 from rise_jax.conditions import complete
@@ -70,7 +70,7 @@ def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_t
     source = ScenesSource(num_texts=6, frames=1, height=16, width=16)
     states, mask = language.teach(complete(source.texts, language, tmp_path / "captions.jsonl"))
     model = model_from(config.model, language.width, states_in_batch)
-    params = initial_parameters(model, 0, None, {}, (states, mask), None).tree
+    params = initial_parameters(model, config, None, {}, (states, mask), on_one_device).tree
     optimizer = make_optimizer(0.05, optim.warmup, optim.weight_decay, optim.clip, kind=optim.kind, b2=optim.b2)
     rates = {name: optim[name] for name in ("drop", "ema", "time_mean", "time_std")}
     step_fn = jax.jit(make_train_step(model, optimizer, **rates))
@@ -79,7 +79,7 @@ def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_t
     for step, batch in zip(range(3), batches):
         text = batch.pop("text")
         batch |= dict(states=states[text], states_mask=mask[text], index=batch["index"].astype("int32"), step=step)
-        state, metrics = step_fn(state, {"params": {}}, batch, jax.random.key(0))
+        state, metrics = step_fn(state, {"params": {}, "vae": {}}, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(lines(tmp_path / "run", "loss"), losses, rtol=1e-4)
 

@@ -4,6 +4,7 @@ them: tests of the whole run."""
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
@@ -79,6 +80,11 @@ def write_llm(folder: Path, seed: int = 0, ends: bool = False) -> Path:
     save_file(tensors, folder / "model.safetensors")
     (folder / "instruction.txt").write_text(INSTRUCTION)
     return folder
+
+
+def on_one_device(tree):
+    """The shardings of a tree that lies on the first device."""
+    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
 
 
 def tiny_config(stage: int, llm: Path, **overrides):

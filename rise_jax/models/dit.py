@@ -112,9 +112,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(
-        self, width: int, mlp_width: int, heads: int, *, eps: float, low_rank: int = 0, dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, mlp_width: int, heads: int, *, eps: float, low_rank: int = 0, dtype, rngs: nnx.Rngs):
         xavier = nnx.initializers.xavier_uniform()
         self.dtype = dtype
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, width)) / width**0.5)

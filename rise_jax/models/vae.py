@@ -34,4 +34,3 @@ class Pixels(nnx.Module):
         frames = rearrange(latents, "b f h w (k c) -> b (f k) h w c", k=self.time_stride)
         first = reduce(frames[:, : self.time_stride], "b k h w c -> b 1 h w c", "mean")
         return jnp.concatenate([first, frames[:, self.time_stride :]], axis=1)
-
