@@ -14,13 +14,12 @@ from configs.presets import preset as preset_row
 
 def get_config(preset: str = "tiny") -> ConfigDict:
     row = preset_row(preset or "tiny")
-    stage = row["stage1"]
     config = ConfigDict()
     config.run = dict(
         stage="stage1",
         preset=preset or "tiny",
-        steps=stage["steps"],
-        batch_size=stage["batch_size"],  # global: over all devices and processes
+        steps=0,
+        batch_size=0,  # global: over all devices and processes
         save_every=500,  # steps
         keep=2,  # checkpoints
         seed=0,
@@ -31,36 +30,37 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         path="",  # folder: the directory of clips and metadata; tfds: its data_dir
         split="train",
         frames=1,  # 4n+1
-        height=row["height"],
-        width=row["width"],
+        height=0,
+        width=0,
         fps=8.0,
-        texts=row["texts"],  # scenes: unique (prompt, rephrased) pairs
-        states=row["states"],  # cached: LLM states once per unique text; in_step: teacher forcing in every step
+        texts=0,  # scenes: unique (prompt, rephrased) pairs
+        states="cached",  # cached: LLM states once per unique text; in_step: teacher forcing in every step
         workers=0,  # loader processes; 0 = threads
         max_bad=0.01,  # fraction of unreadable clips that stops the run
     )
     config.model = dict(
-        llm=row["llm"],
-        adapter=row["adapter"],
-        dit=row["dit"],
+        llm={},
+        adapter={},
+        dit={},
         vae=dict(path="pixels"),  # or a Wan VAE: its folder, or its .safetensors file
-        null="learned",  # the condition of "no prompt": learned, or a .safetensors file with the backbone's own
-        dtype=row["dtype"],  # of matrix products; parameters, norms and softmax stay float32
+        native=dict(path="", length=512),  # a T5 or umT5 encoder: its folder, and the most tokens of a text
+        null="learned",  # the condition of "no prompt": learned, native (the encoder's own), or a .safetensors file
+        dtype="",  # of matrix products; what trains, norms and softmax stay float32
         trainable=(".",),  # path patterns (re.search); the rest is frozen
         prediction="data",  # what the DiT predicts: data | velocity
         shift=8.0,  # of the time axis towards noise, in training and sampling: clips of a few pixels are readable until t = 0.9
     )
     config.optim = dict(
-        learning_rate=stage["learning_rate"],
+        learning_rate=0.0,
         warmup=30,  # steps
-        decay_from=stage["decay"][0],  # linear decay to 1 % between these two steps; 0, 0 = constant
-        decay_until=stage["decay"][1],
+        decay_from=0,  # linear decay to 1 % between these two steps; 0, 0 = constant
+        decay_until=0,
         weight_decay=0.01,
         clip=1.0,  # global gradient norm
-        kind=row["optimizer"],  # adamw | muon
+        kind="adamw",  # adamw | muon
         b2=0.99,
         ema=0.999,
-        drop=0.1,  # of conditions, replaced by the learned null
+        drop=0.1,  # of conditions, replaced by the null condition
         time_mean=0.0,  # t = sigmoid(time_mean + time_std * normal), then shifted
         time_std=1.4,
     )
@@ -72,10 +72,24 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         guidance=2.0,
         stepper="euler",  # euler | heun | unipc
         frames=1,
-        height=row["height"],
-        width=row["width"],
+        height=0,
+        width=0,
         batch_size=32,  # videos at a time
         count=96,  # held-out prompts of --mode=evaluate
         temperature=0.0,  # of the rephrasing; 0 = greedy
     )
+    for group in ("model", "data", "optim", "sample"):
+        config[group].update(row[group])
+    set_stage(config, row["stage1"])
     return config
+
+
+def set_stage(config: ConfigDict, stage: dict) -> None:
+    """What a preset's row says for one stage."""
+    config.run.update(steps=stage["steps"], batch_size=stage["batch_size"])
+    decay_from, decay_until = stage["decay"]
+    config.optim.update(learning_rate=stage["learning_rate"], decay_from=decay_from, decay_until=decay_until)
+    config.optim.drop = stage.get("drop", config.optim.drop)
+    config.model.trainable = stage.get("trainable", config.model.trainable)
+    if "low_rank" in stage:
+        config.model.dit.low_rank = stage["low_rank"]

@@ -15,10 +15,7 @@ from configs.presets import preset as preset_row
 def get_config(preset: str = "tiny") -> ConfigDict:
     config = stage1.get_config(preset)
     row = preset_row(config.run.preset)
-    stage = row["stage2"]
-    config.run.update(stage="stage2", init_from="stage1", steps=stage["steps"], batch_size=stage["batch_size"])
-    config.data.frames = row["frames"]
-    decay_from, decay_until = stage["decay"]
-    config.optim.update(learning_rate=stage["learning_rate"], decay_from=decay_from, decay_until=decay_until)
-    config.sample.frames = row["frames"]
+    config.run.update(stage="stage2", init_from="stage1")
+    stage1.set_stage(config, row["stage2"])
+    config.data.frames = config.sample.frames = row["frames"]
     return config

@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 
 from rise_jax.models.adapter import calibrate, make_adapter
 from rise_jax.models.dit import DiT, fit_context
-from rise_jax.published import LEARNED, dit_options, load_null, open_vae
+from rise_jax.models.vae import Pixels
+from rise_jax.models.wan_vae import WanVAE
+from rise_jax.published import LEARNED, null_shape, open_vae
 from rise_jax.trees import named_leaves, nested, partition
 from rise_jax.weights_wan import KEPT_FP32
 
@@ -55,15 +57,17 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
     return graph, nnx.to_pure_dict(params), init
 
 
-def model_from(model: ConfigDict, d_llm: int, states: Callable) -> Model:
+def model_from(model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | WanVAE | None = None) -> Model:
     """The model that a config's `model` group describes, for an LLM of width `d_llm`.
 
-    `states(frozen, batch) -> (states [B, L, d_llm], mask [B, L])` says where the LLM's states come from.
+    `states(frozen, batch) -> (states [B, L, d_llm], mask [B, L])` says where the LLM's states come from; `vae` stands in for
+    the one at `model.vae.path`. The files of a published DiT are not touched.
     """
     dtype = jnp.dtype(model.dtype)
-    dit, adapter = dit_options(model.dit.to_dict()), model.adapter.to_dict()
+    dit, adapter = model.dit.to_dict(), model.adapter.to_dict()
+    published = dit.pop("path")
     d_ctx, text_len = adapter["d_ctx"], dit["text_len"]
-    coder = open_vae(model.vae.path)
+    coder = vae or open_vae(model.vae.path)
     learned = model.null == LEARNED
     adapter_graph, adapter_abstract, adapter_init = _split(
         lambda rngs: make_adapter(d_llm=d_llm, learned_null=learned, dtype=dtype, rngs=rngs, **adapter)
@@ -73,9 +77,9 @@ def model_from(model: ConfigDict, d_llm: int, states: Callable) -> Model:
     )
     abstract = {"adapter": adapter_abstract, "dit": dit_abstract}
     if not learned:
-        shape = load_null(model.null, d_ctx)[0].shape
+        shape = null_shape(model)
         abstract["null"] = {"embedding": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    if model.dit.get("path", ""):
+    if published:
         abstract = _with_dtypes(abstract, list(model.trainable), dtype)
 
     def init(key):

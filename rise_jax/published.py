@@ -1,7 +1,7 @@
-"""The parts of a model that may come from published files: which file or folder a config names, what sizes it has, and its loading.
+"""The parts of a model that may come from published files: which file or folder a config names, whether it fits, and its loading.
 
 `model.vae.path` is "pixels" or a Wan VAE (a folder, or one .safetensors file); `model.dit.path` is empty for a DiT trained from
-scratch, or the folder of a Wan DiT.
+scratch, or the folder of a Wan DiT, whose sizes the config has to say too; `model.native.path` is the folder of a T5 or umT5 encoder.
 """
 
 import hashlib
@@ -9,20 +9,23 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from ml_collections import ConfigDict
 
+from rise_jax.models.t5 import make_t5
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
 from rise_jax.placement import check, stream
 from rise_jax.trees import named_leaves, nested
+from rise_jax.weights_t5 import load_t5, text_ids
 from rise_jax.weights_wan import transformer_folder, wan_sizes, wan_table
 from rise_jax.weights_wan_vae import load_wan_vae, open_wan_vae
 
 PIXELS = "pixels"
-LEARNED = "learned"
-RUNTIME = ("unroll", "remat", "low_rank")  # options of the DiT that are not sizes of its published part
+LEARNED, NATIVE = "learned", "native"  # values of model.null beside a file's path
+RUNTIME = ("path", "unroll", "remat", "low_rank", "text_len")  # of model.dit: no sizes of the published weights
 
 
 def open_vae(path: str) -> Pixels | WanVAE:
@@ -38,38 +41,24 @@ def load_vae(path: str) -> tuple[dict, dict]:
     return loaded.params, {"sha256": loaded.source.sha256()}
 
 
-def dit_faults(path: str, d_ctx: int, vae: str) -> list[str]:
-    """What of a published DiT does not fit an adapter that writes `d_ctx` wide, and the VAE at `vae`; none for an empty path."""
-    if not path:
-        return []
-    sizes, coder = wan_sizes(transformer_folder(path))[0], open_vae(vae)
-    faults = []
-    if sizes["d_ctx"] != d_ctx:
-        faults.append(f"model.adapter.d_ctx={d_ctx}, but the DiT at {path} takes text of width {sizes['d_ctx']}")
-    if sizes["channels"] != coder.channels:
-        faults.append(f"model.vae.path={vae} has {coder.channels} channels, the DiT at {path} {sizes['channels']}")
-    return faults
+def dit_faults(model: ConfigDict) -> list[str]:
+    """Where the DiT that `model.dit.path` names differs from the config's sizes, adapter and VAE; none for an empty path.
 
-
-def dit_options(row: dict) -> dict:
-    """Keyword arguments of the DiT from a config's `model.dit`: the row's own, or those of the folder that `path` names.
-
-    Raises ValueError listing every size of the row that the folder contradicts.
+    Raises FileNotFoundError or ValueError for a folder that holds no DiT of this architecture.
     """
-    row = dict(row)
-    path = row.pop("path", "")
-    if not path:
-        return row
-    sizes, _ = wan_sizes(transformer_folder(path))
-    own = {name: tuple(value) if name == "patch" else value for name, value in row.items() if name not in RUNTIME}
-    wrong = {name: value for name, value in own.items() if name != "text_len" and value != sizes.get(name, value)}
-    if wrong:
-        raise ValueError(
-            f"{path} has other sizes than the preset: "
-            + ", ".join(f"model.dit.{name}={value} there is {sizes[name]}" for name, value in wrong.items())
-        )
-    options = {name: value for name, value in row.items() if name in (*RUNTIME, "text_len")}
-    return {name: value for name, value in sizes.items() if name not in ("channels", "d_ctx")} | options
+    if not model.dit.path:
+        return []
+    sizes = wan_sizes(transformer_folder(model.dit.path))[0]
+    sizes |= {"patch": tuple(sizes["patch"])}
+    row = {"coordinates": False} | model.dit.to_dict()
+    asked = {f"model.dit.{name}": (value, sizes[name]) for name, value in row.items() if name not in RUNTIME}
+    asked["model.adapter.d_ctx"] = model.adapter.d_ctx, sizes["d_ctx"]
+    asked[f"channels of model.vae.path={model.vae.path}"] = open_vae(model.vae.path).channels, sizes["channels"]
+    return [
+        f"{name}={value}, but {sizes_there} in {model.dit.path}"
+        for name, (value, sizes_there) in asked.items()
+        if (tuple(value) if name == "model.dit.patch" else value) != sizes_there
+    ]
 
 
 def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], place: Callable) -> tuple[dict, dict]:
@@ -79,35 +68,59 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
     """
     leaves, origins = {}, {}
     names = {name for name in wanted if name.startswith("dit/") and "/low_rank_" not in name}
-    if model.dit.get("path", "") and names:
+    if model.dit.path and names:
         whole = {name: leaf for name, leaf in named_leaves(abstract["dit"]).items() if "/low_rank_" not in name}
         folder = transformer_folder(model.dit.path)
-        table = wan_table(nested(whole), dit_options(model.dit.to_dict())["patch"], wan_sizes(folder)[1])
+        table = wan_table(nested(whole), tuple(model.dit.patch), wan_sizes(folder)[1])
         check(nested(whole), table, folder)
         part = nested({name: leaf for name, leaf in whole.items() if f"dit/{name}" in names})
-        found = named_leaves({"dit": stream(part, table, folder, place(part))})
-        leaves |= found
-        origins |= dict.fromkeys(found, f"file {folder.sha256()}")
+        leaves = named_leaves({"dit": stream(part, table, folder, place(part))})
+        origins = dict.fromkeys(leaves, f"file {folder.sha256()}")
     if "null/embedding" in wanted:
-        value, origin = load_null(model.null, model.adapter.d_ctx)
+        value, origin = load_null(model)
         leaves["null/embedding"] = jax.device_put(value, place({"null": value})["null"])
         origins["null/embedding"] = origin
     return leaves, origins
 
 
-def load_null(path: str, width: int) -> tuple[np.ndarray, str]:
-    """(embedding [1, L, width], origin) of the condition a backbone was trained to take for "no prompt": tensor `null` of a
-    .safetensors file.
+def null_shape(model: ConfigDict) -> tuple[int, int, int]:
+    """[1, L, d_ctx] of a published null condition; the encoder's own is its end token alone."""
+    return (1, 1, model.adapter.d_ctx) if model.null == NATIVE else load_null(model)[0].shape
 
+
+def load_null(model: ConfigDict) -> tuple[np.ndarray, str]:
+    """(embedding [1, L, d_ctx], origin) of the condition a backbone was trained to take for "no prompt".
+
+    `model.null` is "native": what the native encoder says of the empty text, or a .safetensors file with a tensor `null`.
     FileNotFoundError or ValueError say what is missing or of another width.
     """
-    if not Path(path).is_file():
+    width = model.adapter.d_ctx
+    if model.null == NATIVE:
+        value, source = encode_native(model.native.path, [""], 1)
+        return _checked_null(model.native.path, {"null": value}, width), f"encoder {source}"
+    if not Path(model.null).is_file():
         raise FileNotFoundError(
-            f"model.null={path!r} is no file: give 'learned', or a .safetensors with a tensor `null`"
+            f"model.null={model.null!r} is no file: give {LEARNED}, {NATIVE} or a .safetensors with a tensor `null`"
         )
-    tensors = safetensors.numpy.load_file(path)
+    value = _checked_null(model.null, safetensors.numpy.load_file(model.null), width)
+    return value, f"file {hashlib.sha256(Path(model.null).read_bytes()).hexdigest()}"
+
+
+def encode_native(path: str, texts: list[str], length: int) -> tuple[np.ndarray, str]:
+    """(states float32 [n, length, width], zero behind each text's end token; SHA-256 of the weights) of a T5 or umT5 encoder.
+
+    The encoder is loaded for this call alone.
+    """
+    loaded = load_t5(path, jnp.bfloat16)
+    ids, mask = text_ids(loaded.tokenizer, texts, length)
+    make, _ = make_t5(loaded.config, jnp.bfloat16)
+    states = jax.jit(lambda params, ids, mask: make(params)(ids, mask))(loaded.params, ids, mask)
+    return np.asarray(states, np.float32) * mask[..., None], loaded.source.sha256()
+
+
+def _checked_null(path: str, tensors: dict, width: int) -> np.ndarray:
     value = tensors.get("null")
     if value is None or value.ndim != 3 or value.shape[0] != 1 or value.shape[2] != width:
         found = {name: tensor.shape for name, tensor in tensors.items()}
-        raise ValueError(f"{path} must hold one tensor `null` [1, L, {width}], found {found}")
-    return value.astype(np.float32), f"file {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+        raise ValueError(f"{path} must give one tensor `null` [1, L, {width}], found {found}")
+    return value.astype(np.float32)

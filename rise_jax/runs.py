@@ -156,7 +156,7 @@ def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[
     if wrong:
         raise ValueError(f"run.init_from has {len(wrong)} parameters that do not fit this model, the first: {wrong[0]}")
     again = lambda name: name not in source.trained and source.meta["provenance"][name].startswith(FILE)
-    kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.get("path", ""))}
+    kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.path)}
     return kept, dict.fromkeys(kept, f"run {tree_sha256(source.params)[:12]} step {source.step}")
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
 from rise_jax.optim import KINDS as OPTIMIZERS
-from rise_jax.published import dit_faults, dit_options, open_vae
+from rise_jax.published import dit_faults, open_vae
 from rise_jax.sampler import STEPPERS
 
 
@@ -89,8 +89,8 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
 
 
 def _model_sizes(model: ConfigDict) -> Iterable[str]:
-    dit, adapter = ConfigDict(dit_options(model.dit.to_dict())), model.adapter
-    yield from dit_faults(model.dit.get("path", ""), adapter.d_ctx, model.vae.path)
+    dit, adapter = model.dit, model.adapter
+    yield from dit_faults(model)
     yield from _divides("model.dit.width", dit.width, f"model.dit.heads={dit.heads}", dit.heads)
     if dit.width % dit.heads == 0 and dit.width // dit.heads % 2:
         yield (
@@ -112,8 +112,8 @@ def _model_sizes(model: ConfigDict) -> Iterable[str]:
 
 def _clip_sizes(config: ConfigDict) -> Iterable[str]:
     for where, group in (("data", config.data), ("sample", config.sample)):
-        patch = dit_options(config.model.dit.to_dict())["patch"]
-        yield from check_clip(group.frames, group.height, group.width, patch, config.model.vae.path, where)
+        size = group.frames, group.height, group.width
+        yield from check_clip(*size, config.model.dit.patch, config.model.vae.path, where)
 
 
 def _divides(name: str, size: int, by: str, divisor: int) -> Iterable[str]:

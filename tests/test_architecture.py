@@ -47,7 +47,7 @@ LAYERS = (
 )
 MAX_LINES = 300
 LONGER = {}  # path: why it is one concept all the same
-READS_CONFIG = {"main", "train", "generate", "evaluate", "pipeline", "build", "validate"}
+READS_CONFIG = {"main", "train", "generate", "evaluate", "pipeline", "build", "published", "runs", "validate"}
 
 
 def module_name(path):
