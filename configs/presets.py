@@ -13,7 +13,7 @@ PRESETS = {
         dit=dict(
             width=128, mlp_width=512, heads=4, depth=6, patch=(1, 4, 4), text_len=36, coordinates=True, unroll=True
         ),
-        llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=32),
+        llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=32, layer=-1),
         dtype="float32",
         frames=9,
         height=24,
@@ -28,7 +28,7 @@ PRESETS = {
     "small": dict(
         adapter=dict(kind="refiner", d_ctx=768, width=1024, depth=4, heads=16, registers=4, time_cond="off"),
         dit=dict(width=768, mlp_width=3072, heads=12, depth=16, patch=(1, 4, 4), text_len=128, coordinates=True),
-        llm=dict(path="embedded", instruction="scenes", dtype="bfloat16", max_prompt=96, max_new=96),
+        llm=dict(path="embedded", instruction="scenes", dtype="bfloat16", max_prompt=96, max_new=96, layer=-1),
         dtype="bfloat16",
         frames=17,
         height=64,

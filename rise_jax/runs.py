@@ -104,7 +104,8 @@ def initial_parameters(
         tree = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
         tree = jax.jit(model.calibrate, out_shardings=shardings)(tree, *heard)
         return Parameters(tree, dict.fromkeys(named_leaves(tree), RANDOM))
-    differing = [key for key in llm if source.meta["llm"].get(key) != llm[key]]
+    theirs = source.meta["llm"]
+    differing = [key for key in sorted({*llm, *theirs}) if theirs.get(key) != llm.get(key)]
     if differing:
         raise ValueError(f"run.init_from was trained on the states of another LLM: {', '.join(differing)} differ")
     origin = f"run {tree_sha256(source.params)[:12]} step {source.step}"
