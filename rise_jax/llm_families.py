@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rise_jax.models.llm import rope_frequencies
 from rise_jax.models.llm_config import LLMConfig
 
 # What all models of a family share, beyond Llama.
@@ -178,9 +179,14 @@ def llama3_divisors(
 
     Between the two the frequencies are mixed linearly in `original` / wavelength (`apply_scaling` in Meta's llama-models).
     """
-    wavelengths = 2 * math.pi * base ** (np.arange(0, head_width, 2) / head_width)
-    kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    return tuple((1 / (kept + (1 - kept) / factor)).tolist())
+    # In fp32, in transformers' order: published models have these roundings, and they grow with the position.
+    frequencies = rope_frequencies(head_width, base)
+    wavelengths = np.float32(2 * math.pi) / frequencies
+    kept = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
+    mixed = (1 - kept) * frequencies / np.float32(factor) + kept * frequencies
+    stretched = np.where(wavelengths > original / low, frequencies / np.float32(factor), mixed)
+    scaled = np.where(wavelengths < original / high, frequencies, stretched)
+    return tuple((frequencies.astype(np.float64) / scaled).tolist())
 
 
 SCALINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {

@@ -15,10 +15,7 @@ from rise_jax.models.llm_config import LLMConfig
 from rise_jax.text import Tokenizer
 
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's divisors of the rotary frequencies: a setting, not a parameter
-TEXT_PART = (
-    "language_model.model.",
-    "model.language_model.",
-)  # where a multimodal model keeps what a text model calls "model."
+TEXT_PART = ("language_model.model.", "model.language_model.")  # "model." of a multimodal model's text part
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 AGAIN = "the file is damaged or incomplete: download it again"
@@ -118,8 +115,9 @@ class FolderFile:
         if self.names[first] != self.names.get(second):
             return False
         slices = [shard.get_slice(key) for key, shard in (self._owner[first], self._owner[second])]
-        starts = range(0, self.names[first][0], 1 << 14)
-        return all(np.array_equal(*(part[start : start + (1 << 14)] for part in slices)) for start in starts)
+        rows = self.names[first][0]
+        cuts = [slice(start, min(start + (1 << 14), rows)) for start in range(0, rows, 1 << 14)]  # little memory
+        return all(np.array_equal(*(part[cut] for part in slices)) for cut in cuts)
 
     def _open(self, name: str):
         path = self.path / name

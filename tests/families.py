@@ -30,6 +30,16 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+
+
+def ropes(factor: float = 4.0, local: float = 60.0) -> dict:
+    """Gemma's, by layer type."""
+    return {
+        "full_attention": {"rope_type": "linear", "factor": factor, "rope_theta": 800.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": local},
+    }
+
+
 # Head counts: 3 on 1, 7 on 1, 5 on 5, 6 on 2; heads and tied embeddings vary; sequences outgrow window and first context.
 SETTINGS = {
     "llama": dict(
@@ -59,10 +69,7 @@ SETTINGS = {
         query_pre_attn_scalar=24,
         sliding_window=7,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        rope_parameters={
-            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 800.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 60.0},
-        },
+        rope_parameters=ropes(),
     ),
 }
 CLASSES = {

@@ -70,10 +70,10 @@ def test_states_of_another_layer_are_other_states_and_are_never_mixed_up(languag
     with pytest.raises(ValueError, match="holds states of other texts, another LLM"):
         cached_states(pairs, first, tmp_path / "states.npz")
     # What it says is the final layer's business; what was kept while it spoke is what teaching gives.
-    prompt = TEXTS[1].prompt
-    said, finals = first.rephrase([prompt]), language.rephrase([prompt])
+    prompts = [text.prompt for text in TEXTS[1:]]
+    said, finals = first.rephrase(prompts), language.rephrase(prompts)
     assert said.tokens == finals.tokens and said.mask.any()
-    states, _ = first.teach([Pair(prompt, said.tokens[0])])
+    states, _ = first.teach([Pair(prompt, tokens) for prompt, tokens in zip(prompts, said.tokens)])
     np.testing.assert_allclose(states, said.states, atol=1e-4)
     assert np.abs(said.states - finals.states).max() > 0.1
 

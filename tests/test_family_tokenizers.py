@@ -1,5 +1,6 @@
 """Tokenizers and chats of the published families: Qwen's and Gemma's folders and GGUF files, against transformers."""
 
+import json
 from functools import cache
 
 import pytest
@@ -67,10 +68,7 @@ def trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     words = sorted(vocab, key=vocab.get)
     merged = [word for word in words if word not in special and len(word) > 1]
     if kind == "qwen":
-        state = backend.__getstate__()
-        import json
-
-        return vocab, [tuple(pair) for pair in json.loads(state)["model"]["merges"]]
+        return vocab, [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     # As SentencePiece's files are converted: every cut of a piece into two, the pieces in the order of their scores.
     cuts = [(word[:i], word[i:]) for word in merged for i in range(len(word) - 1, 0, -1)]
     return vocab, [(left, right) for left, right in cuts if left in vocab and right in vocab]
