@@ -59,7 +59,7 @@ def cached_states(pairs: list[Pair], language: Language, file: Path) -> tuple[np
 
 
 def fingerprint_of(pairs: list[Pair], language: Language) -> str:
-    """SHA-256 over the LLM, its dtype, the instruction, the token budget and all texts."""
+    """SHA-256 over the LLM, its dtype, the layer, the instruction, the token budget and all texts."""
     content = json.dumps([language.identity, language.max_new, pairs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -47,13 +47,17 @@ class Pair(NamedTuple):
 class Language:
     """A frozen LLM with its instruction. `max_prompt` and `max_new` are the token budgets of a prompt and of its rephrasing."""
 
-    def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int):
-        """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own."""
+    def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int, layer: int = -1):
+        """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own.
+
+        `layer` says whose states condition the video, counted as in `LLMConfig.layer_index`; ValueError for one that is not there.
+        """
         loaded = load_llm(path, jnp.dtype(dtype))
         rules = INSTRUCTIONS / f"{instruction}.txt"
         rules = rules if rules.is_file() else Path(instruction)
         self.prompter = Prompter(loaded.tokenizer, Instruction.read(rules), max_prompt)
         self.max_new, self.width = max_new, loaded.config.width
+        self.layer = loaded.config.layer_index(layer)
         self.llm, _ = make_llm(loaded.config, jnp.dtype(dtype))
         self.params = jax.device_put(loaded.params)
         #: What the states depend on, for fingerprints and checkpoints. Paths may differ between machines, so they are left out.
@@ -63,9 +67,12 @@ class Language:
             "instruction": hashlib.sha256(rules.read_bytes()).hexdigest(),
             "align": "predictor",
         }
-        self._teach = jax.jit(partial(rephrase.teacher_forced, self.llm))
+        if self.layer != loaded.config.depth:  # absent = the final states, as in runs from before there was a choice
+            self.identity["layer"] = self.layer
+        self._teach = jax.jit(partial(rephrase.teacher_forced, self.llm, layer=self.layer))
         self._decode = jax.jit(
-            partial(rephrase.rephrase, self.llm), static_argnames=("max_new", "eos", "pad", "temperature")
+            partial(rephrase.rephrase, self.llm, layer=self.layer),
+            static_argnames=("max_new", "eos", "pad", "temperature"),
         )
 
     @cached_property
@@ -157,6 +164,7 @@ class Language:
             batch["prompt_mask"],
             batch["rephrased_ids"],
             batch["states_mask"],
+            layer=self.layer,
         )
         return jax.lax.stop_gradient(states).astype(jnp.float32), batch["states_mask"]
 

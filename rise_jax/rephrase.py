@@ -2,6 +2,7 @@
 
 One index convention (`predictor`): with H[p] the final-normed state after reading token p, the state of rephrased token y_i is the
 one that emits it, H[P - 1 + i], for P tokens of instruction and prompt. Both paths leave out the state of the end token.
+`layer` takes the states of another layer after the same tokens (`LLMConfig.layer_index`).
 `llm` is a function from parameters to the model (`models.llm.make_llm`); all functions are pure, with static shapes.
 """
 
@@ -39,6 +40,8 @@ def teacher_forced(
     prompt_mask: Bool[Array, "B P"],
     rephrased_ids: Int[Array, "B R"],
     rephrased_mask: Bool[Array, "B R"],
+    *,
+    layer: int = -1,
 ) -> Float[Array, "B R D"]:
     """States that emit given rephrased tokens, in one parallel pass; zero where `rephrased_mask` is False.
 
@@ -47,8 +50,8 @@ def teacher_forced(
     # The last rephrased token is not read: the state it leaves emits the end token.
     ids = jnp.concatenate([prompt_ids, rephrased_ids[:, :-1]], axis=1)
     mask = jnp.concatenate([prompt_mask, rephrased_mask[:, :-1]], axis=1)
-    states, _ = llm(params)(ids, mask, _positions(prefix, mask), (prefix,))
-    return jnp.where(rephrased_mask[..., None], states[:, prompt_ids.shape[1] - 1 :], 0)
+    states, _ = llm(params)(ids, mask, _positions(prefix, mask), (prefix,), keep=(layer,))
+    return jnp.where(rephrased_mask[..., None], states[0, :, prompt_ids.shape[1] - 1 :], 0)
 
 
 @typed
@@ -62,6 +65,7 @@ def rephrase(
     max_new: int,
     eos: Sequence[int],
     pad: int,
+    layer: int = -1,
     temperature: float = 0.0,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
@@ -84,21 +88,22 @@ def rephrase(
         )
     model = llm(params)
     batch, prompt_width = prompt_ids.shape
-    states, past = model(prompt_ids, prompt_mask, _positions(prefix, prompt_mask), (prefix,))
+    keep = (-1, layer)  # what the next token is drawn from, and what conditions the video
+    states, past = model(prompt_ids, prompt_mask, _positions(prefix, prompt_mask), (prefix,), keep=keep)
     past, layers = past.extended(max_new), None
     if unroll:
         prefix, past, layers = prefix.unrolled(), past.unrolled(), model.unrolled()
     start = prefix.mask.shape[1] + prompt_mask.sum(axis=1)
     choose = _Chooser(model, tuple(eos), pad, temperature, top_p, repetition_penalty, keys)
-    first = choose(states[:, -1], jnp.zeros(batch, bool), choose.nothing_seen(batch), 0)
+    first = choose(states[:, :, -1], jnp.zeros(batch, bool), choose.nothing_seen(batch), 0)
 
     def step(carry, i):
         picked, past = carry
-        read = lambda: _read_one(model, picked.token, start + i, (prefix, past), layers)
+        read = lambda: _read_one(model, picked.token, start + i, (prefix, past), keep, layers)
         # Once every row has ended nothing is read any more. The cache is written outside: a branch would copy it.
         skip = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(read))
-        state, new = jax.lax.cond(picked.done.all(), skip, read)
-        following = choose(state, picked.done, picked.seen, i + 1)
+        states, new = jax.lax.cond(picked.done.all(), skip, read)
+        following = choose(states, picked.done, picked.seen, i + 1)
         return (following, past.written(new, prompt_width + i)), following.emitted
 
     _, rest = jax.lax.scan(step, (first, past), jnp.arange(max_new - 1))
@@ -113,7 +118,7 @@ class _Picked(NamedTuple):
 
 
 class _Chooser:
-    """State -> next token of every row, by the settings of `rephrase`."""
+    """States [2, B, D], the final and the asked ones -> next token of every row, by the settings of `rephrase`."""
 
     def __init__(self, model: LLM, eos, pad, temperature, top_p, repetition_penalty, keys):
         self.model, self.eos, self.pad = model, eos, pad
@@ -122,8 +127,9 @@ class _Chooser:
     def nothing_seen(self, batch: int) -> Array:
         return jnp.zeros((batch, self.model.config.vocab if self.repetition_penalty != 1.0 else 0), bool)
 
-    def __call__(self, state, done, seen, i) -> _Picked:
-        logits = self.model.logits(state)
+    def __call__(self, states, done, seen, i) -> _Picked:
+        final, asked = states
+        logits = self.model.logits(final)
         if self.repetition_penalty != 1.0:
             penalised = jnp.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = jnp.where(seen, penalised, logits)
@@ -132,7 +138,7 @@ class _Chooser:
         token = jnp.where(done, self.pad, token)
         if self.repetition_penalty != 1.0:
             seen = seen.at[jnp.arange(len(token)), token].set(True)
-        return _Picked(token, done, seen, (jnp.where(done[:, None], 0, state), token, ~done))
+        return _Picked(token, done, seen, (jnp.where(done[:, None], 0, asked), token, ~done))
 
     def _draw(self, logits, i):
         if self.temperature == 0:
@@ -155,6 +161,7 @@ def _positions(prefix: Past, mask: Array) -> Array:
     return prefix.mask.shape[1] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
-def _read_one(model: LLM, token: Array, position: Array, past: tuple[Past, ...], layers) -> tuple[Array, Past]:
-    states, new = model(token[:, None], jnp.ones((len(token), 1), bool), position[:, None], past, layers=layers)
-    return states[:, 0], new
+def _read_one(model: LLM, token: Array, position: Array, past: tuple[Past, ...], keep, layers) -> tuple[Array, Past]:
+    mask = jnp.ones((len(token), 1), bool)
+    states, new = model(token[:, None], mask, position[:, None], past, keep=keep, layers=layers)
+    return states[:, :, 0], new

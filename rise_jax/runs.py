@@ -147,7 +147,8 @@ def initial_parameters(
 
 def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[dict, dict]:
     """({path: leaf}, {path: origin}) of a run, without what it had from published files itself and this one has too."""
-    differing = [key for key in llm if source.meta["llm"].get(key) != llm[key]]
+    theirs = source.meta["llm"]
+    differing = [key for key in sorted({*llm, *theirs}) if theirs.get(key) != llm.get(key)]
     if differing:
         raise ValueError(f"run.init_from was trained on the states of another LLM: {', '.join(differing)} differ")
     own = named_leaves(source.params)

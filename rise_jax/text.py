@@ -14,9 +14,6 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type (GGUF specification, "Tokenizer")
-GGUF_TOKENIZER = [f"tokenizer.ggml.{key}" for key in ("tokens", "token_type", "merges", "eos_token_id")]
-
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -54,45 +51,18 @@ class Tokenizer:
         environment.globals["raise_exception"] = _raise
         bos, eos = (self.backend.id_to_token(id) if id is not None else "" for id in (self.bos, self.eos[0]))
         template = environment.from_string(self.template)
-        return template.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+        # Qwen3 would think before it answers.
+        options = dict(add_generation_prompt=True, enable_thinking=False)
+        return template.render(messages=messages, bos_token=bos, eos_token=eos, **options)
 
-    @classmethod
-    def from_gguf(cls, fields: dict) -> "Tokenizer":
-        """From the metadata of a GGUF file (plain Python values by key); ValueError for a tokenizer kind that is not known here."""
-        kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
-        if kind != ("gpt2", "smollm"):
-            raise ValueError(
-                f"the GGUF file has tokenizer.ggml.model={kind[0]!r}, pre={kind[1]!r}; only 'gpt2' with 'smollm' is known for GGUF: "
-                "use the model's Hugging Face folder (config.json, *.safetensors, tokenizer) instead"
-            )
-        missing = [key for key in GGUF_TOKENIZER if key not in fields]
-        if missing:
-            raise ValueError(f"the GGUF file's header lacks {', '.join(missing)}: it holds no complete tokenizer")
-        words = fields["tokenizer.ggml.tokens"]
-        merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE({word: id for id, word in enumerate(words)}, merges))
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [
-                tokenizers.pre_tokenizers.Digits(individual_digits=True),
-                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-        backend.decoder = tokenizers.decoders.ByteLevel()
-        types = fields["tokenizer.ggml.token_type"]
-        special = [
-            tokenizers.AddedToken(word, special=True, normalized=False) for word, t in zip(words, types) if t == CONTROL
-        ]
-        own = [
-            tokenizers.AddedToken(word, special=False, normalized=False)
-            for word, t in zip(words, types)
-            if t == USER_DEFINED
-        ]
-        backend.add_special_tokens(special)
-        backend.add_tokens(own)
-        bos, eos = fields.get("tokenizer.ggml.bos_token_id"), fields["tokenizer.ggml.eos_token_id"]
-        leading = (bos,) if fields.get("tokenizer.ggml.add_bos_token") else ()
-        pad = fields.get("tokenizer.ggml.padding_token_id", eos)
-        return cls(backend, (eos,), pad, bos, leading, fields.get("tokenizer.chat_template"))
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system message."""
+        messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "a"}]
+        try:
+            return _MARK in self.render(messages)
+        except jinja2.TemplateError:
+            return False
 
     @classmethod
     def from_folder(cls, folder: Path | str, eos: Sequence[int] = ()) -> "Tokenizer":
@@ -107,9 +77,8 @@ class Tokenizer:
         backend = loaded.backend_tokenizer
         bare = backend.encode("a", add_special_tokens=False).ids
         dressed = backend.encode("a", add_special_tokens=True).ids
-        return cls(
-            backend, ends, pad, loaded.bos_token_id, tuple(dressed[: dressed.index(bare[0])]), loaded.chat_template
-        )
+        template = loaded.get_chat_template() if loaded.chat_template else None  # of several, the one for chats
+        return cls(backend, ends, pad, loaded.bos_token_id, tuple(dressed[: dressed.index(bare[0])]), template)
 
 
 def _raise(message: str):
@@ -194,8 +163,11 @@ class Prompter:
     @cached_property
     def stop(self) -> tuple[int, ...]:
         """Ids that end an answer."""
-        if self.chat:
-            return self.tokenizer.eos
+        if self.chat:  # what the template closes an answer with may be named in none of the files
+            example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+            behind = self.tokenizer.encode(self.tokenizer.render(example).partition(_MARK)[2])
+            closing = [id for id in behind if id in self.tokenizer.control][:1]
+            return tuple(dict.fromkeys((*self.tokenizer.eos, *closing)))
         breaks = [self.tokenizer.encode(text) for text in ("\n", "\n\n")]
         return (*self.tokenizer.eos, *(ids[0] for ids in breaks if len(ids) == 1))
 
@@ -210,12 +182,11 @@ class Prompter:
             raise ValueError(
                 f"the prompt has {length} tokens, at most {self.max_prompt} are allowed; it is never cut: {text[:80]!r} ..."
             )
-        ids = self.tokenizer.encode(self._head + text + self._tail)
-        if self.chat:
-            assert [*self.prefix_ids, *ids] == self.tokenizer.encode(self._whole(text)), (
-                f"the chat text of {text!r} cannot be cut"
-            )
-        return ids
+        if not self.chat:
+            return self.tokenizer.encode(self._head + text + self._tail)
+        ids, cut = self.tokenizer.encode(self._whole(text)), len(self.prefix_ids)
+        assert ids[:cut] == self.prefix_ids, f"the chat text of {text!r} cannot be cut"
+        return ids[cut:]
 
     def rephrased_ids(self, text: str) -> list[int]:
         """Ids of a given answer, encoded apart from the chat, without the end token. ValueError as for `prompt_ids`, length aside."""
@@ -239,10 +210,14 @@ class Prompter:
         if not self.chat:
             shots = [f"\nprompt: {short}\ncaption: {long}\n" for short, long in self.instruction.examples]
             return f"{self.instruction.rule}\n{''.join(shots)}\nprompt: {prompt}\ncaption:"
-        messages = [{"role": "system", "content": self.instruction.rule}]
+        turns: list[dict[str, str]] = []
         for short, long in self.instruction.examples:
-            messages += [{"role": "user", "content": f"Prompt: {short}"}, {"role": "assistant", "content": long}]
-        return self.tokenizer.render([*messages, {"role": "user", "content": f"Prompt: {prompt}"}])
+            turns += [{"role": "user", "content": f"Prompt: {short}"}, {"role": "assistant", "content": long}]
+        turns.append({"role": "user", "content": f"Prompt: {prompt}"})
+        if self.tokenizer.takes_system:
+            return self.tokenizer.render([{"role": "system", "content": self.instruction.rule}, *turns])
+        turns[0] = {"role": "user", "content": f"{self.instruction.rule}\n\n{turns[0]['content']}"}
+        return self.tokenizer.render(turns)
 
 
 _MARK = "@@the prompt@@"

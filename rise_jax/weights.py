@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rise_jax.models.llm import LLMConfig, make_llm
+from rise_jax.models.llm import make_llm
+from rise_jax.models.llm_config import LLMConfig
 from rise_jax.text import Tokenizer
 from rise_jax.weights_files import FolderFile, GGUFFile
 
@@ -20,10 +21,14 @@ EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 
 
 class WeightFile(Protocol):
-    """What a reader of a published format offers (weights_files.py). `names` maps tensor names to shapes, torch order (out, in)."""
+    """What a reader of a published format offers (weights_files.py). `names` maps tensor names to shapes, torch order (out, in).
+
+    `kind` is "huggingface" or "gguf", `family` one of `llm_families.OPTIONS`.
+    """
 
     path: Path
     kind: str
+    family: str
     names: dict[str, tuple[int, ...]]
 
     def config(self) -> LLMConfig: ...
@@ -48,13 +53,14 @@ class LoadedLLM(NamedTuple):
 class Entry:
     """Where one published tensor goes: path in the tree, layer of a stacked leaf, transposed or not.
 
-    `permuted_heads` is the number of heads whose rotary rows are to be put back in order; 0 where they are.
+    `permuted_heads` is the number of heads whose rotary rows are to be put back in order; 0 where they are. `offset` is to be added.
     """
 
     path: str
     layer: int | None = None
     transposed: bool = False
     permuted_heads: int = 0
+    offset: float = 0.0
 
 
 # Leaf of the tree -> (Hugging Face name, GGUF name). The published text spells a layer's number where {} stands.
@@ -72,17 +78,42 @@ LLAMA = {
     "blocks/mlp/up/kernel": ("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
     "blocks/mlp/down/kernel": ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
 }
+QKV_BIAS = {
+    f"blocks/self_attn/{name}/bias": (
+        f"model.layers.{{}}.self_attn.{name[0]}_proj.bias",
+        f"blk.{{}}.attn_{name[0]}.bias",
+    )
+    for name in ("query", "key", "value")
+}
+QK_NORM = {
+    f"blocks/self_attn/{name}_norm/scale": (
+        f"model.layers.{{}}.self_attn.{name[0]}_norm.weight",
+        f"blk.{{}}.attn_{name[0]}_norm.weight",
+    )
+    for name in ("query", "key")
+}
+POST_NORMS = {  # Gemma's second norm is what Llama's of that name is not: behind the attention
+    "blocks/attn_post_norm/scale": (
+        "model.layers.{}.post_attention_layernorm.weight",
+        "blk.{}.post_attention_norm.weight",
+    ),
+    "blocks/mlp_norm/scale": ("model.layers.{}.pre_feedforward_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "blocks/mlp_post_norm/scale": (
+        "model.layers.{}.post_feedforward_layernorm.weight",
+        "blk.{}.post_ffw_norm.weight",
+    ),
+}
 
 
 def load_llm(path: Path | str = EMBEDDED, dtype=jnp.float32) -> LoadedLLM:
-    """Loads a Llama-family model: "embedded" (SmolLM2-135M-Instruct), a .gguf file, or a Hugging Face folder.
+    """Loads a model of a family in llm_families.py: "embedded" (SmolLM2-135M-Instruct), a .gguf file, or a Hugging Face folder.
 
     Kernels come in `dtype`, norm scales in fp32. FileNotFoundError or ValueError say which file is missing or broken and what to do;
     weights that are missing, left over or of the wrong shape are all listed in one ValueError.
     """
     file = open_weights(path)
     config = file.config()
-    params = fill(make_llm(config, dtype)[1], llama_table(config, file.kind), file)
+    params = fill(make_llm(config, dtype)[1], llm_table(config, file.kind, file.family), file)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     identity = dict(path=str(path), format=file.kind, sha256=file.sha256(), parameters=count)
     if path == EMBEDDED and identity["sha256"] != EMBEDDED_SHA256:
@@ -112,19 +143,31 @@ def embedded_path() -> Path:
     return files[0]
 
 
-def llama_table(config: LLMConfig, kind: str) -> dict[str, Entry]:
-    """Published tensor name -> Entry, for a file of `kind` "huggingface" or "gguf"."""
+def llm_table(config: LLMConfig, kind: str, family: str) -> dict[str, Entry]:
+    """Published tensor name -> Entry, for a file of `kind` "huggingface" or "gguf" with a model of `family`."""
     rows = {"blocks/self_attn/query/kernel": config.heads, "blocks/self_attn/key/kernel": config.kv_heads}
+    # llama.cpp interleaves the rotary pairs of Llama alone. Gemma multiplies by 1 + weight; GGUF files hold the sum.
+    permuted = rows if (kind, family) == ("gguf", "llama") else {}
+    offset = 1.0 if (kind, family) == ("huggingface", "gemma3") else 0.0
     table = {}
-    for path, names in LLAMA.items():
-        if path == "head/kernel" and config.tied:
-            continue
+    for path, names in _names(config).items():
         name = names[kind == "gguf"]
-        layers = range(config.depth) if "{}" in name else [None]
-        permuted = rows.get(path, 0) if kind == "gguf" else 0  # llama.cpp interleaves the rotary pairs
-        for layer in layers:
-            table[name.format(layer)] = Entry(path, layer, path.endswith("kernel"), permuted)
+        for layer in range(config.depth) if "{}" in name else [None]:
+            table[name.format(layer)] = Entry(
+                path,
+                layer,
+                transposed=path.endswith("kernel"),
+                permuted_heads=permuted.get(path, 0),
+                offset=offset if path.endswith("norm/scale") else 0.0,
+            )
     return table
+
+
+def _names(config: LLMConfig) -> dict[str, tuple[str, str]]:
+    names = {path: row for path, row in LLAMA.items() if path != "head/kernel" or not config.tied}
+    for option, rows in ((config.qkv_bias, QKV_BIAS), (config.qk_norm, QK_NORM), (config.post_norms, POST_NORMS)):
+        names |= rows if option else {}
+    return names
 
 
 def fill(abstract: dict, table: dict[str, Entry], file: WeightFile) -> dict:
@@ -147,6 +190,7 @@ def fill(abstract: dict, table: dict[str, Entry], file: WeightFile) -> dict:
     for name, entry in table.items():
         value = file.read(name)
         value = unpermute(value, entry.permuted_heads) if entry.permuted_heads else value
+        value = value.astype(np.float32) + np.float32(entry.offset) if entry.offset else value
         arrays[entry.path][... if entry.layer is None else entry.layer] = value.T if entry.transposed else value
     return _nested(arrays)
 

@@ -1,5 +1,6 @@
 """Readers of published weight files: GGUF (llama.cpp) and Hugging Face folders (config.json, safetensors, tokenizer)."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -8,9 +9,15 @@ import gguf
 import numpy as np
 import safetensors
 
-from rise_jax.models.llm import LLMConfig
+from rise_jax.gguf_tokenizer import tokenizer_from_gguf
+from rise_jax.llm_families import folder_config, folder_family, gguf_config, gguf_family
+from rise_jax.models.llm_config import LLMConfig
 from rise_jax.text import Tokenizer
 
+ROPE_FREQS = "rope_freqs.weight"  # Llama 3's divisors of the rotary frequencies: a setting, not a parameter
+TEXT_PART = ("language_model.model.", "model.language_model.")  # "model." of a multimodal model's text part
+NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 AGAIN = "the file is damaged or incomplete: download it again"
 
 
@@ -30,46 +37,31 @@ class GGUFFile:
         except Exception as error:  # a damaged header surfaces as almost any error of the parser
             raise ValueError(f"{path} cannot be read as GGUF ({type(error).__name__}: {error}); {AGAIN}") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.names = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
+        self.names = {name: self._shape(name) for name in self._tensors if name != ROPE_FREQS}
+
+    @property
+    def family(self) -> str:
+        """ValueError for an unknown architecture."""
+        return gguf_family(self._fields, str(self.path))
 
     def config(self) -> LLMConfig:
-        """ValueError for an architecture other than llama, or a missing field."""
-        architecture = self._fields.get("general.architecture")
-        if architecture != "llama":
-            raise ValueError(f"{self.path}: architecture {architecture!r} is not supported; known: 'llama'")
-        width, heads = self._field("llama.embedding_length"), self._field("llama.attention.head_count")
-        scaling = self._field("llama.rope.scaling.type", "none")
-        if scaling != "none":
-            raise ValueError(f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported")
-        return LLMConfig(
-            vocab=len(self._field("tokenizer.ggml.tokens")),
-            width=width,
-            mlp_width=self._field("llama.feed_forward_length"),
-            depth=self._field("llama.block_count"),
-            heads=heads,
-            kv_heads=self._field("llama.attention.head_count_kv", heads),
-            head_width=self._field("llama.rope.dimension_count", width // heads),
-            rope_base=self._field("llama.rope.freq_base", 10_000.0),
-            norm_eps=self._field("llama.attention.layer_norm_rms_epsilon"),
-            tied="output.weight" not in self.names,
-        )
+        """ValueError names the architecture, or every field, that is missing or not supported."""
+        divisors = tuple(self.read(ROPE_FREQS).tolist()) if ROPE_FREQS in self._tensors else ()
+        return gguf_config(self._fields, divisors, "output.weight" not in self.names, str(self.path))
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self._fields)
+        return tokenizer_from_gguf(self._fields)
 
     def read(self, name: str) -> np.ndarray:
         """fp32 values in torch order (out, in)."""
         tensor = self._tensors[name]
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.names[name])
+        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(self._shape(name))
 
     def sha256(self) -> str:
         return _sha256([self.path])
 
-    def _field(self, key: str, default=None):
-        value = self._fields.get(key, default)
-        if value is None:
-            raise ValueError(f"{self.path}: the header lacks {key}")
-        return value
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in self._tensors[name].shape[::-1])
 
 
 class FolderFile:
@@ -78,55 +70,37 @@ class FolderFile:
     kind = "huggingface"
 
     def __init__(self, path: Path):
-        """FileNotFoundError for a missing config or weight file, ValueError for one that cannot be parsed or is cut short."""
+        """FileNotFoundError for a missing config or weight file, ValueError for one that cannot be parsed or is cut short, or for a
+        config that names an unknown architecture, or settings that this decoder does not have."""
         self.path = path
         self._settings = self._json("config.json")
+        self._config = folder_config(self._settings, f"{path}/config.json")
         self._shards = {name: self._open(name) for name in self._shard_names()}
-        self._owner = {key: shard for shard in self._shards.values() for key in shard.keys()}  # noqa: SIM118 (safe_open is no dict)
-        self.names = {key: tuple(shard.get_slice(key).get_shape()) for key, shard in self._owner.items()}
+        stored = [(key, shard) for shard in self._shards.values() for key in shard.keys()]  # noqa: SIM118 (safe_open is no dict)
+        self._owner = {_text_name(key): (key, shard) for key, shard in stored if _text_name(key)}
+        self.names = {name: tuple(shard.get_slice(key).get_shape()) for name, (key, shard) in self._owner.items()}
+        # Some tied models are saved with a copy of the embeddings as head; one that differs counts, as in transformers.
+        self._own_head = HEAD in self.names and not (self._config.tied and self._equal(HEAD, EMBEDDING))
+        if self._config.tied and not self._own_head:
+            self.names.pop(HEAD, None)
+
+    @property
+    def family(self) -> str:
+        return folder_family(self._settings, f"{self.path}/config.json")
 
     def config(self) -> LLMConfig:
-        """ValueError names every setting that this decoder does not have."""
-        settings = self._settings
-        if settings.get("architectures") != ["LlamaForCausalLM"]:
-            raise ValueError(
-                f"{self.path}/config.json: architectures={settings.get('architectures')} is not supported; known: ['LlamaForCausalLM']"
-            )
-        rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        found = {
-            "hidden_act": (settings.get("hidden_act", "silu"), "silu"),
-            "attention_bias": (settings.get("attention_bias", False), False),
-            "mlp_bias": (settings.get("mlp_bias", False), False),
-            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        }
-        wrong = [f"{key}={value!r} (supported: {only!r})" for key, (value, only) in found.items() if value != only]
-        if wrong:
-            raise ValueError(f"{self.path}/config.json: not supported: {', '.join(wrong)}")
-        try:
-            heads, width = settings["num_attention_heads"], settings["hidden_size"]
-            return LLMConfig(
-                vocab=settings["vocab_size"],
-                width=width,
-                mlp_width=settings["intermediate_size"],
-                depth=settings["num_hidden_layers"],
-                heads=heads,
-                kv_heads=settings.get("num_key_value_heads") or heads,
-                head_width=settings.get("head_dim") or width // heads,
-                rope_base=float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0),
-                norm_eps=settings.get("rms_norm_eps", 1e-6),
-                tied=settings.get("tie_word_embeddings", False),
-            )
-        except KeyError as error:
-            raise ValueError(f"{self.path}/config.json lacks {error.args[0]!r}") from error
+        return dataclasses.replace(self._config, tied=self._config.tied and not self._own_head)
 
     def tokenizer(self) -> Tokenizer:
         generation = self._json("generation_config.json") if (self.path / "generation_config.json").is_file() else {}
-        ends = generation.get("eos_token_id", self._settings.get("eos_token_id"))
+        settings = {**self._settings.get("text_config", {}), **self._settings, **generation}
+        ends = settings.get("eos_token_id")
         return Tokenizer.from_folder(self.path, ends if isinstance(ends, list) else [ends])
 
     def read(self, name: str) -> np.ndarray:
         """Values in the file's dtype (bf16 as ml_dtypes) and torch order (out, in)."""
-        return self._owner[name].get_tensor(name)
+        key, shard = self._owner[name]
+        return shard.get_tensor(key)
 
     def sha256(self) -> str:
         return _sha256([self.path / name for name in sorted(self._shards)])
@@ -136,6 +110,14 @@ class FolderFile:
         if (self.path / index).is_file():
             return sorted(set(self._json(index)["weight_map"].values()))
         return ["model.safetensors"]
+
+    def _equal(self, first: str, second: str) -> bool:
+        if self.names[first] != self.names.get(second):
+            return False
+        slices = [shard.get_slice(key) for key, shard in (self._owner[first], self._owner[second])]
+        rows = self.names[first][0]
+        cuts = [slice(start, min(start + (1 << 14), rows)) for start in range(0, rows, 1 << 14)]  # little memory
+        return all(np.array_equal(*(part[cut] for part in slices)) for cut in cuts)
 
     def _open(self, name: str):
         path = self.path / name
@@ -154,6 +136,15 @@ class FolderFile:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}); {AGAIN}") from error
+
+
+def _text_name(key: str) -> str | None:
+    """A tensor's name in a text model; None for one that the text needs nothing of."""
+    if key.startswith(NOT_TEXT) or key.endswith("rotary_emb.inv_freq"):  # a table that old Llama files carry along
+        return None
+    for prefix in TEXT_PART:
+        key = f"model.{key.removeprefix(prefix)}" if key.startswith(prefix) else key
+    return key.removeprefix("language_model.")
 
 
 def _sha256(paths: list[Path]) -> str:

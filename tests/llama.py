@@ -80,7 +80,7 @@ def run(loaded: LoadedLLM, ids: np.ndarray, dtype=jnp.float32) -> tuple[np.ndarr
     def apply(params, ids):
         model = llm(params)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        states, _ = model(ids, jnp.ones(ids.shape, bool), positions, all_layers=True)
+        states, _ = model(ids, jnp.ones(ids.shape, bool), positions, keep=range(loaded.config.depth + 1))
         return states.astype(jnp.float32), model.logits(states[-1])
 
     return tuple(np.asarray(array) for array in apply(loaded.params, jnp.asarray(ids)))

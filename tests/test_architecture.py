@@ -34,6 +34,8 @@ LAYERS = (
         "weights_wan_vae",
         "weights_t5",
         "published",
+        "llm_families",
+        "gguf_tokenizer",
         "language",
         "conditions",
         "data.loader",

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tiny import write_llm
 
-from rise_jax.conditions import cached_states, complete
+from rise_jax.conditions import cached_states, complete, fingerprint_of
 from rise_jax.data.sources import Text
-from rise_jax.language import Language
+from rise_jax.language import Language, Pair
 
 SETTINGS = dict(instruction="scenes", dtype="float32", max_prompt=60, max_new=24)
 TEXTS = [Text("a red circle", "A red circle."), Text("un cercle", None), Text("ein Kreis auf Weiß, klein", None)]
@@ -58,6 +58,29 @@ def test_states_are_kept_and_stale_ones_refused(language, tmp_path):
     assert file.stat().st_mtime_ns == stamp and mask.sum() == sum(len(pair.tokens) for pair in pairs)
     with pytest.raises(ValueError, match="holds states of other texts"):
         cached_states(pairs[:2], language, file)
+
+
+def test_states_of_another_layer_are_other_states_and_are_never_mixed_up(language, tmp_path_factory, tmp_path):
+    folder = str(write_llm(tmp_path_factory.mktemp("llm"), ends=True))
+    first, same = Language(path=folder, layer=1, **SETTINGS), Language(path=folder, layer=-2, **SETTINGS)
+    assert first.identity == same.identity != language.identity
+    pairs = complete(TEXTS[:1], language, tmp_path / "captions.jsonl")
+    assert len({fingerprint_of(pairs, other) for other in (first, same, language)}) == 2
+    cached_states(pairs, language, tmp_path / "states.npz")
+    with pytest.raises(ValueError, match="holds states of other texts, another LLM"):
+        cached_states(pairs, first, tmp_path / "states.npz")
+    # What it says is the final layer's business; what was kept while it spoke is what teaching gives.
+    prompts = [text.prompt for text in TEXTS[1:]]
+    said, finals = first.rephrase(prompts), language.rephrase(prompts)
+    assert said.tokens == finals.tokens and said.mask.any()
+    states, _ = first.teach([Pair(prompt, tokens) for prompt, tokens in zip(prompts, said.tokens)])
+    np.testing.assert_allclose(states, said.states, atol=1e-4)
+    assert np.abs(said.states - finals.states).max() > 0.1
+
+
+def test_a_layer_that_the_llm_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model.llm.layer=3: .* 2 layers .* nearest: 2"):
+        Language(path=str(write_llm(tmp_path)), layer=3, **SETTINGS)
 
 
 def test_a_text_has_the_same_states_in_any_company(language):

@@ -101,11 +101,11 @@ def test_attention_equals_its_definition_and_does_not_mind_how_keys_are_cut():
     mask = np.random.default_rng(3).random((2, 3, 7)) < 0.6
     mask[..., 0] = True
     expected = attention_by_loops(*(np.asarray(array, np.float64) for array in (query, key, value)), mask)
-    whole = attend(query, [(key, value)], [jnp.asarray(mask)])
+    whole = attend(query, [(key, value)], [jnp.asarray(mask)], 8**-0.5)
     cut = [(key[:, :, :5], value[:, :, :5]), (key[:, :, 5:], value[:, :, 5:])]
     np.testing.assert_allclose(whole, expected, atol=1e-5)
     np.testing.assert_allclose(
-        attend(query, cut, [jnp.asarray(mask[..., :5]), jnp.asarray(mask[..., 5:])]), expected, atol=1e-5
+        attend(query, cut, [jnp.asarray(mask[..., :5]), jnp.asarray(mask[..., 5:])], 8**-0.5), expected, atol=1e-5
     )
 
 
@@ -113,7 +113,8 @@ def test_a_shared_part_counts_as_repeated():
     query, key, value = random(3, 2, 4, 8), random(1, 2, 5, 8, seed=1), random(1, 2, 5, 8, seed=2)
     mask = jnp.ones((1, 1, 5), bool)
     repeated = [(jnp.repeat(key, 3, 0), jnp.repeat(value, 3, 0))]
-    np.testing.assert_allclose(attend(query, [(key, value)], [mask]), attend(query, repeated, [mask]), atol=1e-6)
+    alone, together = (attend(query, parts, [mask], 8**-0.5) for parts in ([(key, value)], repeated))
+    np.testing.assert_allclose(alone, together, atol=1e-6)
 
 
 def test_reading_in_pieces_equals_reading_at_once():

@@ -1,41 +1,31 @@
-"""The frozen language model: a Llama-family decoder (RMSNorm, rotary positions, grouped queries, SwiGLU).
+"""The frozen language model: a decoder with RMSNorm, rotary positions, grouped queries and a gated MLP.
+
+The options of `LLMConfig` make it Llama (SmolLM2), Qwen2, Qwen3 or Gemma 3; what differs between the layers of one model goes
+through the scan as arrays.
 
 Layers are stacked and run in one scan. The key/value cache is an argument and a result: a call takes the `Past` parts that stand
 before its tokens and returns one more `Past`, holding its own tokens. A part of batch 1 (the instruction) is shared by all rows.
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rise_jax.axes import Array, Bool, Float, Int, typed
 from rise_jax.models.layers import scan_blocks, split_heads, stack
+from rise_jax.models.llm_config import LLMConfig
 
-
-@dataclass(frozen=True)
-class LLMConfig:
-    """Sizes of a Llama-family decoder; `tied` says that the logits use the embedding matrix."""
-
-    vocab: int
-    width: int
-    mlp_width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    rope_base: float = 10_000.0
-    norm_eps: float = 1e-5
-    tied: bool = True
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 class Past(NamedTuple):
-    """Keys and values of tokens already read: key, value [depth, b, K, L, d]; mask bool [b, L]. b is B, or 1: shared by all rows.
+    """Tokens already read: key, value [depth, b, K, L, d]; mask bool, positions int [b, L]. b is B, or 1: shared by all rows.
 
     False in the mask is padding or a free slot. Heads stand before tokens: attention then needs no transposed copy of the cache.
     For unrolled layers, key and value are tuples over depth.
@@ -44,68 +34,86 @@ class Past(NamedTuple):
     key: Array | tuple
     value: Array | tuple
     mask: Array
+    positions: Array
 
     def extended(self, length: int) -> "Past":
         """With `length` free slots behind."""
-        pad = lambda array: jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, length), (0, 0)])
-        return Past(pad(self.key), pad(self.value), jnp.pad(self.mask, [(0, 0), (0, length)]))
+        pad = lambda array, axis: jnp.pad(array, [(0, length * (i == axis)) for i in range(array.ndim)])
+        return Past(pad(self.key, 3), pad(self.value, 3), pad(self.mask, 1), pad(self.positions, 1))
 
     def written(self, new: "Past", slot: Array) -> "Past":
         """With the tokens of `new` in the slots from `slot` on."""
-        write = lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, slot, axis=-2)
-        mask = jax.lax.dynamic_update_slice_in_dim(self.mask, new.mask, slot, axis=1)
-        return Past(jax.tree.map(write, self.key, new.key), jax.tree.map(write, self.value, new.value), mask)
+        write = lambda axis, array, part: jax.lax.dynamic_update_slice_in_dim(array, part, slot, axis)
+        key, value = jax.tree.map(partial(write, -2), self[:2], new[:2])
+        return Past(key, value, *(write(1, array, part) for array, part in zip(self[2:], new[2:])))
 
     def unrolled(self) -> "Past":
         """With one array per layer instead of stacked ones."""
-        return Past(tuple(self.key), tuple(self.value), self.mask)
+        return self._replace(key=tuple(self.key), value=tuple(self.value))
+
+
+class RMSNorm(nnx.RMSNorm):
+    """Computed in fp32, scale included; the result has the dtype of `x`."""
+
+    def __init__(self, width: int, config: LLMConfig, rngs: nnx.Rngs):
+        super().__init__(width, epsilon=config.norm_eps, param_dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x):
+        return super().__call__(x).astype(x.dtype)
 
 
 class Attention(nnx.Module):
     """Causal grouped-query attention over the past and the tokens at hand."""
 
     def __init__(self, config: LLMConfig, *, dtype, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        linear = partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.query = linear(config.width, config.heads * config.head_width)
-        self.key = linear(config.width, config.kv_heads * config.head_width)
-        self.value = linear(config.width, config.kv_heads * config.head_width)
-        self.out = linear(config.heads * config.head_width, config.width)
+        self.scale = config.query_scale or config.head_width**-0.5
+        self.query = linear(config.width, config.heads * config.head_width, use_bias=config.qkv_bias)
+        self.key = linear(config.width, config.kv_heads * config.head_width, use_bias=config.qkv_bias)
+        self.value = linear(config.width, config.kv_heads * config.head_width, use_bias=config.qkv_bias)
+        self.out = linear(config.heads * config.head_width, config.width, use_bias=False)
+        norm = partial(RMSNorm, config.head_width, config, rngs)
+        self.query_norm, self.key_norm = (norm(), norm()) if config.qk_norm else (jax.nn.identity, jax.nn.identity)
 
-    def __call__(self, x, angles, past, masks):
-        query = rotate(split_heads(self.query(x), self.heads), angles)
-        key = rotate(split_heads(self.key(x), self.kv_heads), angles).swapaxes(1, 2)
+    def __call__(self, x, angles, masks, past):
+        query = rotate(self.query_norm(split_heads(self.query(x), self.heads)), angles)
+        key = rotate(self.key_norm(split_heads(self.key(x), self.kv_heads)), angles).swapaxes(1, 2)
         value = split_heads(self.value(x), self.kv_heads).swapaxes(1, 2)
-        mixed = attend(query, [*past, (key, value)], masks)
+        mixed = attend(query, [*past, (key, value)], masks, self.scale)
         return self.out(mixed.reshape(*x.shape[:2], -1)), (key, value)
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """Gated: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: LLMConfig, *, dtype, rngs: nnx.Rngs):
         linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.activation = ACTIVATIONS[config.activation]
         self.gate = linear(config.width, config.mlp_width)
         self.up = linear(config.width, config.mlp_width)
         self.down = linear(config.mlp_width, config.width)
 
     def __call__(self, x):
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    """Pre-norm decoder layer."""
+    """Decoder layer: norms before attention and MLP, and behind them with `config.post_norms`."""
 
     def __init__(self, config: LLMConfig, *, dtype, rngs: nnx.Rngs):
-        self.attn_norm = _norm(config, dtype, rngs)
+        norm = partial(RMSNorm, config.width, config, rngs)
+        self.attn_norm = norm()
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = _norm(config, dtype, rngs)
+        self.attn_post_norm = norm() if config.post_norms else jax.nn.identity
+        self.mlp_norm = norm()
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp_post_norm = norm() if config.post_norms else jax.nn.identity
 
-    def __call__(self, x, angles, past, masks):
-        mixed, new = self.self_attn(self.attn_norm(x), angles, past, masks)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), new
+    def __call__(self, x, angles, masks, past):
+        mixed, new = self.self_attn(self.attn_norm(x), angles, masks, past)
+        x = x + self.attn_post_norm(mixed)
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), new
 
 
 class LLM(nnx.Module):
@@ -115,7 +123,7 @@ class LLM(nnx.Module):
         self.config = config
         self.embed = nnx.Embed(config.vocab, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.blocks = stack(partial(Block, config, dtype=dtype), config.depth, rngs)
-        self.final_norm = _norm(config, dtype, rngs)
+        self.final_norm = RMSNorm(config.width, config, rngs)
         if not config.tied:
             self.head = nnx.Linear(
                 config.width, config.vocab, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
@@ -129,28 +137,50 @@ class LLM(nnx.Module):
         positions: Int[Array, "B L"],
         past: tuple[Past, ...] = (),
         *,
-        all_layers: bool = False,
+        keep: Sequence[int] | None = None,
         layers: tuple[Block, ...] | None = None,
     ) -> tuple[Float[Array, "*layers B L D"], Past]:
         """Reads tokens after `past`: their states [B, L, D] and their own keys and values.
 
         `mask` is False at padding (either side), `positions` count real tokens from the start of the sequence, past included.
-        `all_layers` returns [depth + 1, B, L, D] instead: the embeddings, then each layer's output, the last one normed
-        (the convention of transformers' `hidden_states`). `layers` are this model's `unrolled()` layers, to be run one by one.
+        `keep` returns the states [len(keep), B, L, D] of these layers instead, as `LLMConfig.layer_index` counts them.
+        `layers` are this model's `unrolled()` layers, to be run one by one.
         """
-        angles = rope_angles(positions, self.config.head_width, self.config.rope_base)
-        causal = jnp.tril(jnp.ones((ids.shape[1], ids.shape[1]), bool))
-        masks = [part.mask[:, None, :] for part in past] + [causal & mask[:, None, :]]
+        config = self.config
+        kept_layers = [config.layer_index(layer) for layer in ([-1] if keep is None else keep)]
+        inner = [layer for layer in kept_layers if layer < config.depth]
+        views = self._views(mask, positions, past)
 
-        def call(block, x, layer_past):
-            out, new = block(x, angles, layer_past, masks)
-            return out, (new, x if all_layers else None)
+        def call(block, carry, layer):
+            (x, kept), (layer_past, local, number) = carry, layer
+            kept = jnp.where((number == np.array(inner, int))[:, None, None, None], x, kept)
+            view = views[0] if len(views) == 1 else jax.tree.map(partial(jnp.where, local), *reversed(views))
+            x, new = block(x, *view, layer_past)
+            return (x, kept), new
 
+        # The scale is rounded to the weights' dtype, as in transformers: 55.5 for sqrt(3072) in bf16.
+        x = self.embed(ids) * jnp.asarray(config.embed_scale, self.embed.dtype)
+        flags = jnp.asarray(config.local or [False] * config.depth), jnp.arange(config.depth)
         run = partial(scan_blocks, self.blocks) if layers is None else partial(_run_blocks, layers)
-        x, ((key, value), inputs) = run(call, self.embed(ids), [(part.key, part.value) for part in past])
-        states = self.final_norm(x)
-        states = jnp.concatenate([inputs, states[None]]) if all_layers else states
-        return states, Past(key, value, mask)
+        carry = x, jnp.zeros((len(inner), *x.shape), x.dtype)
+        (x, kept), (key, value) = run(call, carry, ([(part.key, part.value) for part in past], *flags))
+        final = self.final_norm(x)
+        states = [kept[inner.index(layer)] if layer < config.depth else final for layer in kept_layers]
+        return final if keep is None else jnp.stack(states), Past(key, value, mask, positions)
+
+    def _views(self, mask: Array, positions: Array, past: tuple[Past, ...]) -> list[tuple[Array, list[Array]]]:
+        """(rotary angles, masks of the past parts and the own tokens) of the global layers, then of the local ones, if any."""
+        config = self.config
+        causal = jnp.tril(jnp.ones((mask.shape[1], mask.shape[1]), bool))
+        masks = [part.mask[:, None, :] for part in past] + [causal & mask[:, None, :]]
+        angles = rope_angles(positions, config.head_width, config.rope_base, config.rope_divisors)
+        views = [(angles, masks)]
+        if any(config.local):
+            near = lambda places: positions[:, :, None] - places[:, None, :] < config.window
+            places = [*(part.positions for part in past), positions]
+            angles = rope_angles(positions, config.head_width, config.local_rope_base)
+            views.append((angles, [mask & near(place) for mask, place in zip(masks, places)]))
+        return views
 
     def unrolled(self) -> tuple[Block, ...]:
         """The layers as separate modules."""
@@ -166,23 +196,30 @@ class LLM(nnx.Module):
         return jnp.einsum("...d,vd->...v", states, self.embed.embedding[...], preferred_element_type=jnp.float32)
 
 
-def _run_blocks(layers: tuple[Block, ...], call: Callable, x: Array, past: list[tuple[tuple, tuple]]):
+def _run_blocks(layers: tuple[Block, ...], call: Callable, carry, per_layer: tuple):
     """What `scan_blocks` does, as a Python loop over separate layers."""
+    past, *flags = per_layer
     outputs = []
     for i, block in enumerate(layers):
-        x, output = call(block, x, [(key[i], value[i]) for key, value in past])
+        layer = [(key[i], value[i]) for key, value in past], *(flag[i] for flag in flags)
+        carry, output = call(block, carry, layer)
         outputs.append(output)
-    return x, jax.tree.map(lambda *leaves: leaves, *outputs)
+    return carry, jax.tree.map(lambda *leaves: leaves, *outputs)
 
 
-def _norm(config: LLMConfig, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+def rope_angles(positions: Array, head_width: int, base: float, divisors: tuple[float, ...] = ()) -> Array:
+    """[B, L] positions -> fp32 angles [B, L, 1, d/2] (RoFormer, arXiv 2104.09864, equation 15).
+
+    `divisors` [d/2] slow the frequencies down, for contexts longer than a model was first trained on.
+    """
+    frequencies = rope_frequencies(head_width, base).astype(np.float64) / np.array(divisors or 1)
+    return positions.astype(jnp.float32)[..., None, None] * frequencies.astype(np.float32)
 
 
-def rope_angles(positions: Array, head_width: int, base: float) -> Array:
-    """[B, L] positions -> fp32 angles [B, L, 1, d/2] (RoFormer, arXiv 2104.09864, equation 15)."""
-    frequencies = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    return positions.astype(jnp.float32)[..., None, None] * frequencies
+def rope_frequencies(head_width: int, base: float) -> np.ndarray:
+    """fp32 [d/2]: base ** (-2i / d)."""
+    # By NumPy: its fp32 powers equal torch's bit for bit, XLA's do not, and one unit in the last place is 1e-3 rad at position 1e4.
+    return 1 / np.float32(base) ** (np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width))
 
 
 def rotate(x: Array, angles: Array) -> Array:
@@ -192,16 +229,16 @@ def rotate(x: Array, angles: Array) -> Array:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: Array, parts: list[tuple[Array, Array]], masks: list[Array]) -> Array:
+def attend(query: Array, parts: list[tuple[Array, Array]], masks: list[Array], scale: float) -> Array:
     """Grouped-query attention of [B, S, N, d] over the joined `parts` (key, value), each [b, K, L, d], b = B or 1, softmax in fp32.
 
-    `masks` are [b, S or 1, L].
+    `masks` are [b, S or 1, L]; `scale` multiplies the queries.
     """
     # Scores are joined, never keys: joining (as one call of dot_product_attention needs) copies the cache and repeats the prefix
     # for every token; measured on 2 CPU cores, a decoding step of SmolLM2 took 1.19x the time so at batch 1, 1.07x at batch 8.
     batch, length, heads, width = query.shape
     kv_heads = parts[0][0].shape[1]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width) * width**-0.5
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width) * scale
     lowest = jnp.finfo(jnp.float32).min
     scores = []
     for (key, _), mask in zip(parts, masks, strict=True):
