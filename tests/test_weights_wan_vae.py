@@ -75,7 +75,7 @@ def test_the_published_sizes_and_statistics_are_the_defaults():
 def test_what_diffusers_saved_comes_back_to_diffusers(folder, tmp_path):
     loaded = load_wan_vae(folder)
     model = wan_vae.reference(SMALL)
-        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded.params))
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded.params))
     save_wan_vae(loaded.params, loaded.config, tmp_path / "a" / "vae")
     again = AutoencoderKLWan.from_pretrained(tmp_path / "a" / "vae")
     assert {key: again.config[key] for key in SMALL} == SMALL
