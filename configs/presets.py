@@ -21,8 +21,8 @@ PRESETS = {
         texts=1000,
         states="cached",
         optimizer="muon",
-        stage1=dict(steps=2000, batch_size=16, learning_rate=2e-3),
-        stage2=dict(steps=4000, batch_size=16, learning_rate=2e-3),
+        stage1=dict(steps=2000, batch_size=16, learning_rate=2e-3, decay=(1000, 2000)),
+        stage2=dict(steps=4000, batch_size=16, learning_rate=2e-3, decay=(2000, 4000)),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.
     "small": dict(
@@ -36,8 +36,8 @@ PRESETS = {
         texts=1000,
         states="cached",
         optimizer="adamw",
-        stage1=dict(steps=20_000, batch_size=256, learning_rate=3e-4),
-        stage2=dict(steps=40_000, batch_size=64, learning_rate=2e-4),
+        stage1=dict(steps=20_000, batch_size=256, learning_rate=3e-4, decay=(10_000, 20_000)),
+        stage2=dict(steps=40_000, batch_size=64, learning_rate=2e-4, decay=(20_000, 40_000)),
     ),
 }
 

@@ -52,8 +52,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.optim = dict(
         learning_rate=stage["learning_rate"],
         warmup=30,  # steps
-        decay_from=0,  # linear decay to 1 % between these two steps; 0, 0 = constant
-        decay_until=0,
+        decay_from=stage["decay"][0],  # linear decay to 1 % between these two steps; 0, 0 = constant
+        decay_until=stage["decay"][1],
         weight_decay=0.01,
         clip=1.0,  # global gradient norm
         kind=row["optimizer"],  # adamw | muon

@@ -18,6 +18,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     stage = row["stage2"]
     config.run.update(stage="stage2", init_from="stage1", steps=stage["steps"], batch_size=stage["batch_size"])
     config.data.frames = row["frames"]
-    config.optim.learning_rate = stage["learning_rate"]
+    decay_from, decay_until = stage["decay"]
+    config.optim.update(learning_rate=stage["learning_rate"], decay_from=decay_from, decay_until=decay_until)
     config.sample.frames = row["frames"]
     return config

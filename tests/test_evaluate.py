@@ -109,6 +109,7 @@ def test_without_states_the_prompt_is_not_heard(run):
     heard = pipe.language.rephrase([text.prompt for text in held_out(6).texts])
     deaf = heard._replace(states=heard.states * 0)
     np.testing.assert_array_equal(run.unheard, pipe.render(deaf, range(7, 13)))
+    assert (run.unheard != run.videos).any()
 
 
 def test_the_heldout_loss_tells_the_conditions_apart(run, tmp_path):

@@ -69,12 +69,20 @@ def test_a_quarter_has_digits_a_quarter_two_things_and_values_are_balanced(split
         (COLOURS, Counter(thing.colour for thing in things)),
         (SHAPES, Counter(thing.shape for thing in things if thing.shape in SHAPES)),
         (DIGITS, Counter(thing.shape for thing in things if thing.shape in DIGITS)),
-        (BACKGROUNDS, Counter(scene.background for scene in source.scenes)),
-        (SIZES, Counter(scene.things[0].size for scene in source.scenes if len(scene.things) == 1)),
+        (BACKGROUNDS, Counter(scene.background for scene in source.scenes if "background" in scene.asked)),
+        (SIZES, Counter(scene.things[0].size for scene in source.scenes if "size" in scene.asked)),
         (DIRECTIONS if frames > 1 else ["still"], Counter(thing.direction for thing in things)),
     ):
         assert set(counts) == set(values)
         assert min(counts.values()) >= 0.6 * max(counts.values()), counts
+
+
+def test_what_a_prompt_leaves_open_is_the_same_in_every_scene(train):
+    unnamed = [scene for scene in train.scenes if "background" not in scene.asked]
+    assert len(unnamed) > 100 and {scene.background for scene in unnamed} == {"black"}
+    unsized = [scene for scene in train.scenes if "size" not in scene.asked]
+    sizes = {(len(scene.things), thing.size) for scene in unsized for thing in scene.things}
+    assert sizes == {(1, "large"), (2, "small")}
 
 
 def test_two_things_differ_in_colour_and_pass_each_other(train):
