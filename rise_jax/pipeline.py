@@ -15,24 +15,26 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import flow, runs, sampler
-from rise_jax.build import Model, model_from
-from rise_jax.language import Language, Rephrasings, states_in_batch
+from rise_jax.build import Model, language_from, model_from
+from rise_jax.condition_kinds import Condition
+from rise_jax.language import Rephrasings, states_in_batch
 from rise_jax.validate import check_clip
 from rise_jax.video import to_uint8
 
 
 class Output(NamedTuple):
-    """videos uint8 [B, T, H, W, 3]; the rephrasing that conditioned each; the seed that makes each again, alone or in any batch."""
+    """videos uint8 [B, T, H, W, 3]; the rephrasing that conditioned each (None where the prompt itself did); the seed that makes
+    each again, alone or in any batch."""
 
     videos: np.ndarray
-    rephrased: list[str]
+    rephrased: list[str | None]
     seeds: list[int]
 
 
 class Pipeline:
     """A trained run, ready to make videos. `sample` holds the defaults of steps, guidance, stepper and size."""
 
-    def __init__(self, model: Model, params: dict, language: Language, config: ConfigDict):
+    def __init__(self, model: Model, params: dict, language: Condition, config: ConfigDict):
         self.model, self.params, self.language, self.config = model, jax.device_put(params), language, config
         self._sample = jax.jit(partial(_sample, model), static_argnames=("shape", "stepper"))
 
@@ -40,13 +42,10 @@ class Pipeline:
     def from_run(cls, workdir: str | Path) -> "Pipeline":
         """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none."""
         config = ConfigDict(runs.read_config(Path(workdir)))
-        language = Language(**config.model.llm)
+        language = language_from(config.model)
         model = model_from(config.model, language.width, states_in_batch)
         run = runs.read_run(Path(workdir), model)
-        if run.meta["llm"] != language.identity:
-            raise ValueError(
-                f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now"
-            )
+        runs.check_heard(str(workdir), run.meta["llm"], language.identity)
         return cls(model, run.params, language, config)
 
     def __call__(

@@ -13,6 +13,7 @@ import jax
 
 from rise_jax.build import Model
 from rise_jax.checkpoint import Checkpoints
+from rise_jax.language import differing
 from rise_jax.optim import make_optimizer
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, partition, tree_sha256
@@ -43,6 +44,16 @@ def read_config(workdir: Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {file.name} in it")
     return json.loads(file.read_text())
+
+
+def check_run(workdir: Path) -> None:
+    """Raises FileNotFoundError for a folder that holds no run, or none with a checkpoint."""
+    read_config(workdir)
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    if not steps:
+        raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
 
 
 def read_run(workdir: Path, model: Model) -> Run:
@@ -98,18 +109,25 @@ def initial_parameters(
 ) -> Parameters:
     """Random parameters, calibrated on `heard` (states, mask) of some texts, or those of another run.
 
-    Raises ValueError when that run heard another LLM or instruction.
+    Raises ValueError when that run heard other states.
     """
     if source is None:
         tree = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
         tree = jax.jit(model.calibrate, out_shardings=shardings)(tree, *heard)
         return Parameters(tree, dict.fromkeys(named_leaves(tree), RANDOM))
-    theirs = source.meta["llm"]
-    differing = [key for key in sorted({*llm, *theirs}) if theirs.get(key) != llm.get(key)]
-    if differing:
-        raise ValueError(f"run.init_from was trained on the states of another LLM: {', '.join(differing)} differ")
+    check_heard("run.init_from", source.meta["llm"], llm)
     origin = f"run {tree_sha256(source.params)[:12]} step {source.step}"
     return Parameters(jax.device_put(source.params, shardings), dict.fromkeys(named_leaves(source.params), origin))
+
+
+def check_heard(who: str, theirs: dict, ours: dict) -> None:
+    """Raises ValueError, naming what differs, when a run's states came from another LLM, instruction, layer or condition."""
+    names = differing(theirs, ours)
+    if names:
+        values = "; ".join(f"{name}: {theirs.get(name)} then, {ours.get(name)} now" for name in names)
+        raise ValueError(
+            f"{who} was trained on the states of another LLM or condition: {', '.join(names)} differ ({values})"
+        )
 
 
 def abstract_state(trainable: dict, optimizer, sharding_of) -> TrainState:

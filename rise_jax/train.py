@@ -11,12 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import runs
-from rise_jax.build import model_from
+from rise_jax.build import language_from, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
-from rise_jax.language import Language, states_in_batch
+from rise_jax.language import states_in_batch
 from rise_jax.optim import make_optimizer
 from rise_jax.report import Report, peak_memory_gib, read_metrics, write_summary
 from rise_jax.sharding import check_batch, make_mesh, put_batch, shardings
@@ -73,7 +73,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     mesh = make_mesh(**config.mesh)
     check_batch(config.run.batch_size, mesh)
     source = open_source(**_source_settings(config))
-    language = Language(**config.model.llm)
+    language = language_from(config.model)
     with jax.set_mesh(mesh):
         table, frozen, heard = _conditions(config, workdir, source, language, mesh)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
@@ -140,8 +140,7 @@ def _state(config, workdir, checkpoints, model, optimizer, llm, heard, mesh):
         step, state, meta = found
         LOG.info("continuing %s at step %d", workdir, step)
         rest = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), rest, place(rest))
-        if meta["llm"] != llm:
-            raise ValueError(f"{workdir} was trained on another LLM or instruction: {meta['llm']} then, {llm} now")
+        runs.check_heard(str(workdir), meta["llm"], llm)
         return step, state, runs.read_frozen(workdir, rest), meta
     origin = find_start(config.run.init_from, config.run.preset)
     source = runs.read_run(origin, model) if origin else None
