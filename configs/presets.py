@@ -26,7 +26,7 @@ def _wan(size: str, **dit) -> dict:
             ),
             vae=dict(path=folder),
             null="native",
-            native=dict(path=folder, length=512),
+            native=dict(path=folder, length=512, dtype="bfloat16"),
             dtype="bfloat16",
             prediction="velocity",
             shift=5.0,

@@ -39,12 +39,14 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         max_bad=0.01,  # fraction of unreadable clips that stops the run
     )
     config.model = dict(
-        condition="rephrase",  # rephrase | encode | rewrite_then_encode: Figure 1 (c), (a), (b) of the paper
+        condition="rephrase",  # rephrase | encode | rewrite_then_encode | native: Figure 1 (c), (a), (b), (a) of the paper
         llm={},
         adapter={},
         dit={},
         vae=dict(path="pixels"),  # or a Wan VAE: its folder, or its .safetensors file
-        native=dict(path="", length=512),  # a T5 or umT5 encoder: its folder, and the most tokens of a text
+        native=dict(
+            path="", length=512, dtype="bfloat16"
+        ),  # a T5 or umT5 encoder: its folder, and the most tokens of a text
         null="learned",  # the condition of "no prompt": learned, native (the encoder's own), or a .safetensors file
         dtype="",  # of matrix products; what trains, norms and softmax stay float32
         trainable=(".",),  # path patterns (re.search); the rest is frozen

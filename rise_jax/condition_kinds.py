@@ -3,9 +3,10 @@
 rephrase             the LLM rephrases the prompt; the states that emit the new tokens (language.py; the paper's Figure 1 (c))
 encode               the LLM reads the prompt alone; the states at its tokens (Figure 1 (a), with an LLM for the text encoder)
 rewrite_then_encode  the LLM rephrases, then reads the new text alone; the states at its tokens (Figure 1 (b))
+native               a T5 or umT5 encoder, the published video models' own, reads the prompt (Figure 1 (a))
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,20 +18,23 @@ from rise_jax import rephrase
 from rise_jax.data.sources import Text
 from rise_jax.language import BATCH, Language, Pair, Rephrasings, rounded
 from rise_jax.models.llm import make_llm
-from rise_jax.text import Tokenizer, bare_prompt_ids, right_pad
+from rise_jax.models.t5 import make_t5
+from rise_jax.text import bare_prompt_ids, right_pad
 from rise_jax.weights import load_llm
+from rise_jax.weights_t5 import load_t5, text_ids
 
 
 class Condition(Protocol):
-    """What training, generate and evaluate ask of a kind. Its constructor takes the config's `model.llm`.
+    """What training, generate and evaluate ask of a kind. Its constructor takes the config's `model.<group>`.
 
-    condition: its name. writes: whether the LLM writes a caption that is missing. budget: the setting in `model.llm` that says how
+    condition: its name. writes: whether the LLM writes a caption that is missing. budget: the setting in that group that says how
     many states there are at most, `length`. width: of a state. params, prefix: what `states_in_step` needs on the device.
     identity: JSON of all that the states depend on but the texts and `length`.
     """
 
     condition: str
     writes: bool
+    group: str
     budget: str
     length: int
     width: int
@@ -57,14 +61,14 @@ class Condition(Protocol):
 
 
 class _Encoded:
-    """A frozen LLM that reads the tokens of each pair by themselves: no instruction, no prompt before them."""
+    """A frozen model that reads the tokens of each pair by themselves: no instruction, no prompt before them."""
 
     prefix = None
 
-    def __init__(self, llm, params: dict, tokenizer: Tokenizer, *, length: int, width: int, layer: int):
-        self.params, self.length, self.width, self._pad = params, length, width, tokenizer.pad
-        self._encode = partial(rephrase.encoded, llm, leading=tokenizer.leading, layer=layer)
-        self._encode_batch = jax.jit(self._encode)
+    def __init__(self, encode: Callable, params: dict, *, pad: int, length: int, width: int):
+        """encode: (params, ids [B, L], mask [B, L]) -> states [B, L, width], zero behind the mask."""
+        self.params, self.length, self.width, self._pad = params, length, width, pad
+        self._encode, self._encode_batch = encode, jax.jit(encode)
 
     def tokens(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
         """`encoded_ids` int32 and `states_mask` bool [n, length]."""
@@ -96,7 +100,7 @@ class Encode(_Encoded):
 
     condition = "encode"
     writes = False
-    budget = "max_prompt"
+    group, budget = "llm", "max_prompt"
 
     def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int, layer: int = -1):
         """`layer` as in `Language`; ValueError for one that is not there."""
@@ -104,9 +108,9 @@ class Encode(_Encoded):
         config, self._tokenizer = loaded.config, loaded.tokenizer
         layer = config.layer_index(layer)
         llm, _ = make_llm(config, jnp.dtype(dtype))
-        super().__init__(
-            llm, jax.device_put(loaded.params), loaded.tokenizer, length=max_prompt, width=config.width, layer=layer
-        )
+        encode = partial(rephrase.encoded, llm, leading=loaded.tokenizer.leading, layer=layer)
+        sizes = dict(pad=loaded.tokenizer.pad, length=max_prompt, width=config.width)
+        super().__init__(encode, jax.device_put(loaded.params), **sizes)
         self.identity = {
             "sha256": loaded.identity["sha256"],
             "dtype": dtype,
@@ -134,13 +138,14 @@ class RewriteThenEncode(_Encoded):
 
     condition = "rewrite_then_encode"
     writes = True
-    budget = "max_new"
+    group, budget = "llm", "max_new"
 
     def __init__(self, **llm):
         """`llm`: as for `Language`."""
         self._writer = writer = Language(**llm)
-        settings = dict(length=writer.length, width=writer.width, layer=writer.layer)
-        super().__init__(writer.llm, writer.params, writer.prompter.tokenizer, **settings)
+        tokenizer = writer.prompter.tokenizer
+        encode = partial(rephrase.encoded, writer.llm, leading=tokenizer.leading, layer=writer.layer)
+        super().__init__(encode, writer.params, pad=tokenizer.pad, length=writer.length, width=writer.width)
         self.identity = writer.identity | {"condition": self.condition, "align": "token"}
 
     def pair(self, text: Text) -> Pair:
@@ -156,10 +161,44 @@ class RewriteThenEncode(_Encoded):
         return written._replace(states=states, mask=mask)
 
 
+class Native(_Encoded):
+    """T5 or umT5 reads the user's prompt with its end token; `length` counts that. Nothing is written."""
+
+    condition = "native"
+    writes = False
+    group, budget = "native", "length"
+
+    def __init__(self, *, path: str, length: int, dtype: str):
+        """`path`: the encoder's folder. FileNotFoundError or ValueError as for `load_t5`."""
+        loaded = load_t5(path, jnp.dtype(dtype))
+        make, _ = make_t5(loaded.config, jnp.dtype(dtype))
+        encode = lambda params, ids, mask: jnp.where(mask[..., None], make(params)(ids, mask), 0)
+        self._tokenizer = loaded.tokenizer
+        params = jax.device_put(jax.tree.map(np.asarray, loaded.params))  # free to follow any mesh, as the LLM's
+        super().__init__(encode, params, pad=loaded.tokenizer.pad, length=length, width=loaded.config.width)
+        self.identity = {
+            "sha256": loaded.source.sha256(),
+            "dtype": dtype,
+            "condition": self.condition,
+            "align": "token",
+        }
+
+    def pair(self, text: Text) -> Pair:
+        """The prompt with its own ids. Raises ValueError for an empty prompt, or one over `length`."""
+        if not text.prompt.strip():
+            raise ValueError("the prompt is empty: write at least one word")
+        ids, mask = text_ids(self._tokenizer, [text.prompt], self.length)
+        return Pair(text.prompt, ids[0][mask[0]].tolist())
+
+    rephrase = Encode.rephrase
+
+
 #: The values of `model.condition`.
-CONDITIONS: dict[str, type[Condition]] = {kind.condition: kind for kind in (Language, Encode, RewriteThenEncode)}
+CONDITIONS: dict[str, type[Condition]] = {
+    kind.condition: kind for kind in (Language, Encode, RewriteThenEncode, Native)
+}
 
 
-def open_text(condition: str, **llm) -> Condition:
-    """Loads the LLM of the config's `model.llm` for a kind of condition."""
-    return CONDITIONS[condition](**llm)
+def open_text(condition: str, **settings) -> Condition:
+    """Loads what a kind of condition needs; `settings` are those of its config group."""
+    return CONDITIONS[condition](**settings)

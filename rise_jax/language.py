@@ -55,7 +55,7 @@ class Language:
 
     condition = "rephrase"
     writes = True
-    budget = "max_new"
+    group, budget = "llm", "max_new"
 
     def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int, layer: int = -1):
         """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own.

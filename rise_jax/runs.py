@@ -149,7 +149,7 @@ def initial_parameters(
         made = jax.jit(chosen, out_shardings={name: targets[name] for name in new})(jax.random.key(config.run.seed))
         leaves, origins = leaves | made, origins | dict.fromkeys(new, RANDOM)
     tree = nested({name: leaves[name] for name in names})
-    if not source:
+    if not source and "adapter" in tree:
         part = {"adapter": tree["adapter"]}
         tree |= jax.jit(model.calibrate, out_shardings=place(part))(part, *heard)
     return Parameters(tree, {name: origins[name] for name in names})

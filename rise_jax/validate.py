@@ -99,14 +99,17 @@ def _model_sizes(model: ConfigDict) -> Iterable[str]:
             f"model.dit.width={dit.width} over {dit.heads} heads gives an odd head width {dit.width // dit.heads}; "
             f"rotary pairs need an even one; nearest width: {dit.width + dit.heads}"
         )
-    if adapter.kind != "mlp":
+    if adapter.kind == "identity" and adapter.registers:
+        yield f"model.adapter.registers={adapter.registers}: the adapter 'identity' adds none; nearest: 0"
+    if adapter.kind in ("refiner", "resampler"):
         yield from _divides("model.adapter.width", adapter.width, f"model.adapter.heads={adapter.heads}", adapter.heads)
     if dit.patch[0] != 1:
         near = (1, *dit.patch[1:])
         yield f"model.dit.patch={tuple(dit.patch)}: the time patch must be 1, the VAE folds time already; nearest: {near}"
     if model.condition not in CONDITIONS:
         return
-    states = model.llm[CONDITIONS[model.condition].budget]
+    kind = CONDITIONS[model.condition]
+    states = model[kind.group][kind.budget]
     tokens = adapter.get("latents", 64) if adapter.kind == "resampler" else states
     if adapter.registers + tokens > dit.text_len:
         yield (

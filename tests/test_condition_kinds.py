@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from encoders import write_umt5
 from ml_collections import ConfigDict
 from tiny import tiny_config, write_llm
 
@@ -212,7 +213,9 @@ def test_states_of_the_step_give_the_loss_of_cached_ones(llm, name):
     losses = []
     for source, frozen, rows in modes:
         step = make_eval_step(model_from(config.model, kind.width, source))
-        losses.append(jax.jit(step)(params, frozen, clips | rows, jnp.array([0.5, 0.99]), jax.random.key(0)))
+        losses.append(
+            jax.jit(step)(params, frozen | {"vae": {}}, clips | rows, jnp.array([0.5, 0.99]), jax.random.key(0))
+        )
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert np.abs(losses[2] / losses[0] - 1).max() > 1e-3
 
@@ -311,3 +314,36 @@ def test_a_comparison_needs_one_video_and_text_per_run_and_prompt():
         comparison_sheet([[video], [video, video]], ["a", "b"], ["p"], [[None], [None]])
     with pytest.raises(ValueError, match="0 titles, 0 prompts"):
         comparison_sheet([], [], [], [])
+
+
+# ---- native ----
+
+
+def test_native_states_are_the_encoders_in_training_and_in_use(tmp_path):
+    """Of transformers' model, end token included, whatever stands beside a text; a run of it goes without an adapter."""
+    folder = write_umt5(tmp_path / "t5", width=16)
+    native = CONDITIONS["native"](path=str(folder), length=6, dtype="float32")
+    heard = native.rephrase(["red", "red red blue"])
+    model = transformers.UMT5EncoderModel.from_pretrained(folder)
+    for row, ids in enumerate(([3, 1], [3, 3, 2, 1])):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).last_hidden_state[0]
+        assert heard.mask[row].sum() == len(ids) and heard.tokens[row] == ids
+        assert parity(heard.states[row, : len(ids)], expected) <= 1e-5
+    np.testing.assert_allclose(native.teach([Pair("", [3, 1])])[0][0], heard.states[0], atol=1e-6)
+    with pytest.raises(ValueError, match="a text has 8 tokens with its end token, the encoder's limit is 6"):
+        native.rephrase(["red " * 7])
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        native.rephrase([" "])
+
+
+def test_a_run_on_native_states_needs_no_adapter(tmp_path):
+    config = tiny_config(1, tmp_path / "none", run__steps=2, run__batch_size=8, data__texts=3)
+    config.model.native.update(path=str(write_umt5(tmp_path / "t5", width=16)), length=100, dtype="float32")
+    config.model.update(condition="native", adapter=dict(kind="identity", d_ctx=16, registers=0, time_cond="off"))
+    assert train(config, tmp_path / "run") == 0
+    pipe = Pipeline.from_run(tmp_path / "run")
+    assert [*pipe.params["adapter"]] == ["null"] and pipe("red").rephrased == [None]
+    config.model.adapter.registers = 4
+    with pytest.raises(ValueError, match="model.adapter.registers=4: the adapter 'identity' adds none; nearest: 0"):
+        train(config, tmp_path / "other")

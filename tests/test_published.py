@@ -2,18 +2,17 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
 import torch
 import wan
 import wan_vae
+from encoders import write_umt5
 from tiny import tiny_config, write_llm
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from rise_jax import Pipeline
 from rise_jax.published import load_null
@@ -178,20 +177,3 @@ def test_the_native_null_condition_is_the_encoders_empty_text(files, tmp_path):
         theirs = model(torch.tensor([[1]])).last_hidden_state.float().numpy()
     assert value.shape == (1, 1, 16) and origin.startswith("encoder ")
     np.testing.assert_allclose(value, theirs, atol=0.05 * np.abs(theirs).max())
-
-
-def write_umt5(folder: Path, width: int) -> Path:
-    """A random encoder with a word-level tokenizer whose end token is 1."""
-    torch.manual_seed(0)
-    config = UMT5Config(
-        vocab_size=8, d_model=width, d_kv=4, d_ff=24, num_layers=2, num_heads=3, pad_token_id=0, eos_token_id=1
-    )
-    UMT5EncoderModel(config).save_pretrained(folder)
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "red": 3}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    backend.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    return folder
