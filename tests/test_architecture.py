@@ -19,7 +19,7 @@ PYTHON = sorted(
 
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
-    ("axes", "trees"),
+    ("axes", "trees", "version"),
     ("models.layers", "flow", "optim", "sharding", "checkpoint", "report", "text", "video", "workdir"),
     ("models", "data"),
     (
@@ -42,14 +42,26 @@ LAYERS = (
         "data.open",
     ),
     ("metrics", "pixel_rules"),
-    ("build", "step", "runs", "validate"),
+    ("build", "step", "runs", "validate", "exported"),
     ("pipeline", "rise_jax"),
-    ("train", "generate", "evaluate"),
+    ("train", "generate", "evaluate", "export"),
     ("main",),
 )
 MAX_LINES = 300
 LONGER = {}  # path: why it is one concept all the same
-READS_CONFIG = {"main", "train", "generate", "evaluate", "pipeline", "build", "published", "runs", "validate"}
+READS_CONFIG = {
+    "main",
+    "train",
+    "generate",
+    "evaluate",
+    "export",
+    "pipeline",
+    "exported",
+    "build",
+    "published",
+    "runs",
+    "validate",
+}
 
 
 def module_name(path):
