@@ -39,6 +39,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         max_bad=0.01,  # fraction of unreadable clips that stops the run
     )
     config.model = dict(
+        condition="rephrase",  # rephrase | encode | rewrite_then_encode: Figure 1 (c), (a), (b) of the paper
         llm={},
         adapter={},
         dit={},
@@ -77,6 +78,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         batch_size=32,  # videos at a time
         count=96,  # held-out prompts of --mode=evaluate
         temperature=0.0,  # of the rephrasing; 0 = greedy
+        beside="",  # workdirs of other runs, several joined by ||: --mode=generate gives them the same prompts and seeds
     )
     for group in ("model", "data", "optim", "sample"):
         config[group].update(row[group])

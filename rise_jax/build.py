@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from rise_jax.condition_kinds import Condition, open_text
 from rise_jax.models.adapter import calibrate, make_adapter
 from rise_jax.models.dit import DiT, fit_context
 from rise_jax.models.vae import Pixels
@@ -55,6 +56,11 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
         return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(params=key)), nnx.Param, ...)[1])
 
     return graph, nnx.to_pure_dict(params), init
+
+
+def language_from(model: ConfigDict, rules: str | None = None) -> Condition:
+    """What conditions the video, by a config's `model` group; `rules` stand in for the text of its instruction."""
+    return open_text(model.condition, **model.llm, rules=rules)
 
 
 def model_from(model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | WanVAE | None = None) -> Model:

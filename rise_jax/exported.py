@@ -18,9 +18,10 @@ import numpy as np
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from rise_jax.build import Model, model_from
+from rise_jax.build import Model, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
-from rise_jax.language import Language, states_in_batch
+from rise_jax.condition_kinds import Condition
+from rise_jax.language import differing, states_in_batch
 from rise_jax.placement import Place, check, stream
 from rise_jax.published import LEARNED, NATIVE, PIXELS, RUNTIME, dit_faults, load_null, load_vae, open_vae
 from rise_jax.runs import Run
@@ -42,11 +43,11 @@ class Export(NamedTuple):
     model: Model
     params: dict
     vae: dict
-    language: Language
+    language: Condition
     config: ConfigDict
 
 
-def write_export(folder: Path, run: Run, language: Language, vae: dict) -> None:
+def write_export(folder: Path, run: Run, language: Condition, vae: dict) -> None:
     """Writes all of a run into a folder that is not there yet; it appears when it is complete.
 
     `language` and `vae` (parameters) are those that the run was trained with.
@@ -81,7 +82,7 @@ def read_export(folder: Path, llm: str | None = None) -> Export:
     if faults := dit_faults(config.model):
         raise ValueError(f"the parts of {folder} do not belong together:\n" + "\n".join(f"  {x}" for x in faults))
     config.model.llm.path = llm or config.model.llm.path
-    language = Language(**config.model.llm, rules=card["llm"]["instruction"])
+    language = language_from(config.model, rules=card["llm"]["instruction"])
     _check_language(card["llm"], language, folder)
     model = model_from(config.model, language.width, states_in_batch)
     params = {
@@ -97,7 +98,7 @@ def _dit_sizes(model: ConfigDict) -> dict:
     return own | dict(channels=open_vae(model.vae.path).channels, d_ctx=model.adapter.d_ctx)
 
 
-def _card(run: Run, language: Language) -> dict:
+def _card(run: Run, language: Condition) -> dict:
     model = run.config.model
     return {
         "format": FORMAT,
@@ -141,16 +142,12 @@ def _refuse_missing(folder: Path, vae: str) -> None:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: the export is incomplete")
 
 
-def _check_language(expected: dict, language: Language, folder: Path) -> None:
+def _check_language(expected: dict, language: Condition, folder: Path) -> None:
     there = expected["identity"] | {"width": expected["width"]}
     here = language.identity | {"width": language.width}
-    differing = [
-        f"{key}: {there.get(key)} there, {here.get(key)} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
-    if differing:
-        raise ValueError(f"the adapter in {folder} belongs to another LLM than this one: " + "; ".join(differing))
+    if names := differing(there, here):
+        values = "; ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
+        raise ValueError(f"the adapter in {folder} belongs to another LLM or condition than this one: {values}")
 
 
 def _load_adapter(path: Path, abstract: dict) -> dict:

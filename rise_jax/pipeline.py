@@ -15,26 +15,28 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import flow, runs, sampler
-from rise_jax.build import Model
+from rise_jax.build import Model, language_from
+from rise_jax.condition_kinds import Condition
 from rise_jax.exported import read_export
-from rise_jax.language import Language, Rephrasings
+from rise_jax.language import Rephrasings
 from rise_jax.published import load_vae
 from rise_jax.validate import check_clip
 from rise_jax.video import to_uint8
 
 
 class Output(NamedTuple):
-    """videos uint8 [B, T, H, W, 3]; the rephrasing that conditioned each; the seed that makes each again, alone or in any batch."""
+    """videos uint8 [B, T, H, W, 3]; the rephrasing that conditioned each (None where the prompt itself did); the seed that makes
+    each again, alone or in any batch."""
 
     videos: np.ndarray
-    rephrased: list[str]
+    rephrased: list[str | None]
     seeds: list[int]
 
 
 class Pipeline:
     """A trained run, ready to make videos. `sample` holds the defaults of steps, guidance, stepper and size."""
 
-    def __init__(self, model: Model, params: dict, vae: dict, language: Language, config: ConfigDict):
+    def __init__(self, model: Model, params: dict, vae: dict, language: Condition, config: ConfigDict):
         """`params` are the model's parameters, `vae` those of its VAE."""
         self.model, self.language, self.config = model, language, config
         self.params, self.vae = jax.device_put(params), jax.device_put(vae)
@@ -130,18 +132,14 @@ class Pipeline:
         return np.concatenate(videos)
 
 
-def open_run(workdir: Path) -> tuple[runs.Run, Language, dict]:
+def open_run(workdir: Path) -> tuple[runs.Run, Condition, dict]:
     """(run, its LLM, its VAE's parameters). FileNotFoundError where there is no run, ValueError when LLM or VAE are others now."""
     config = ConfigDict(runs.read_config(workdir))
-    language = Language(**config.model.llm)
+    language = language_from(config.model)
     run = runs.read_run(workdir, language.width)
-    if run.meta["llm"] != language.identity:
-        raise ValueError(
-            f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now"
-        )
+    runs.check_heard(str(workdir), run.meta["llm"], language.identity)
     vae, identity = load_vae(config.model.vae.path)
-    if run.meta["vae"] != identity:
-        raise ValueError(f"{workdir} was trained on another VAE: {run.meta['vae']} then, {identity} now")
+    runs.check_vae(str(workdir), run.meta["vae"], identity)
     return run, language, vae
 
 

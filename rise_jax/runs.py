@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from rise_jax import published
 from rise_jax.build import Model, model_from
 from rise_jax.checkpoint import Checkpoints
-from rise_jax.language import states_in_batch
+from rise_jax.language import differing, states_in_batch
 from rise_jax.optim import make_optimizer
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
@@ -48,6 +48,16 @@ def read_config(workdir: Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {file.name} in it")
     return json.loads(file.read_text())
+
+
+def check_run(workdir: Path) -> None:
+    """Raises FileNotFoundError for a folder that holds no run, or none with a checkpoint."""
+    read_config(workdir)
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    if not steps:
+        raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
 
 
 def read_run(workdir: Path, d_llm: int) -> Run:
@@ -147,10 +157,7 @@ def initial_parameters(
 
 def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[dict, dict]:
     """({path: leaf}, {path: origin}) of a run, without what it had from published files itself and this one has too."""
-    theirs = source.meta["llm"]
-    differing = [key for key in sorted({*llm, *theirs}) if theirs.get(key) != llm.get(key)]
-    if differing:
-        raise ValueError(f"run.init_from was trained on the states of another LLM: {', '.join(differing)} differ")
+    check_heard("run.init_from", source.meta["llm"], llm)
     own = named_leaves(source.params)
     wrong = [name for name in own if name not in names]
     wrong += [name for name in own if name in names and own[name].shape != names[name].shape]
@@ -159,6 +166,22 @@ def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[
     again = lambda name: name not in source.trained and source.meta["provenance"][name].startswith(FILE)
     kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.path)}
     return kept, dict.fromkeys(kept, f"run {tree_sha256(source.params)[:12]} step {source.step}")
+
+
+def check_heard(who: str, theirs: dict, ours: dict) -> None:
+    """Raises ValueError, naming what differs, when a run's states came from another LLM, instruction, layer or condition."""
+    names = differing(theirs, ours)
+    if names:
+        values = "; ".join(f"{name}: {theirs.get(name)} then, {ours.get(name)} now" for name in names)
+        raise ValueError(
+            f"{who} was trained on the states of another LLM or condition: {', '.join(names)} differ ({values})"
+        )
+
+
+def check_vae(who: str, theirs: dict, ours: dict) -> None:
+    """Raises ValueError when a run's latents came from another VAE."""
+    if theirs != ours:
+        raise ValueError(f"{who} was trained on another VAE: {theirs} then, {ours} now")
 
 
 def abstract_state(trainable: dict, optimizer, sharding_of) -> TrainState:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
+from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
 from rise_jax.optim import KINDS as OPTIMIZERS
@@ -41,6 +42,7 @@ def check_clip(frames: int, height: int, width: int, patch: tuple[int, int, int]
 
 def _choices(config: ConfigDict) -> Iterable[str]:
     choices = {
+        "model.condition": (config.model.condition, CONDITIONS),
         "model.adapter.kind": (config.model.adapter.kind, KINDS),
         "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
@@ -102,7 +104,10 @@ def _model_sizes(model: ConfigDict) -> Iterable[str]:
     if dit.patch[0] != 1:
         near = (1, *dit.patch[1:])
         yield f"model.dit.patch={tuple(dit.patch)}: the time patch must be 1, the VAE folds time already; nearest: {near}"
-    tokens = adapter.get("latents", 64) if adapter.kind == "resampler" else model.llm.max_new
+    if model.condition not in CONDITIONS:
+        return
+    states = model.llm[CONDITIONS[model.condition].budget]
+    tokens = adapter.get("latents", 64) if adapter.kind == "resampler" else states
     if adapter.registers + tokens > dit.text_len:
         yield (
             f"model.dit.text_len={dit.text_len} cannot hold {adapter.registers} registers and {tokens} tokens; "

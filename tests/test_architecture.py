@@ -20,7 +20,7 @@ PYTHON = sorted(
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
     ("axes", "trees", "version"),
-    ("models.layers", "flow", "optim", "sharding", "checkpoint", "report", "text", "video", "workdir"),
+    ("models.layers", "flow", "optim", "sharding", "checkpoint", "report", "text", "video", "sheets", "workdir"),
     ("models", "data"),
     (
         "unipc",
@@ -37,6 +37,7 @@ LAYERS = (
         "llm_families",
         "gguf_tokenizer",
         "language",
+        "condition_kinds",
         "conditions",
         "data.loader",
         "data.open",

@@ -16,11 +16,12 @@ from safetensors.numpy import load_file, save_file
 from tiny import INSTRUCTION, on_one_device, tiny_config, write_llm
 
 from rise_jax import Pipeline
-from rise_jax.build import model_from
+from rise_jax.build import language_from, model_from
 from rise_jax.checkpoint import Checkpoints
+from rise_jax.condition_kinds import Condition
 from rise_jax.export import export
 from rise_jax.exported import write_export
-from rise_jax.language import Language, states_in_batch
+from rise_jax.language import states_in_batch
 from rise_jax.published import load_null, load_vae
 from rise_jax.runs import Run
 from rise_jax.trees import named_leaves
@@ -33,7 +34,7 @@ class Made(NamedTuple):
     """A run with random parameters, none of them 0 or 1, and where it was exported to."""
 
     run: Run
-    language: Language
+    language: Condition
     vae: dict
     folder: Path
 
@@ -43,12 +44,12 @@ class Made(NamedTuple):
 
 def make(folder, **overrides):
     config = tiny_config(2, write_llm(folder / "llm"), data__frames=5, sample__frames=5, **overrides)
-    language = Language(**config.model.llm)
+    language = language_from(config.model)
     model = model_from(config.model, language.width, states_in_batch)
     rng = np.random.default_rng(0)
     noisy = lambda leaf: np.asarray(leaf) + 0.2 * rng.normal(size=leaf.shape).astype(np.float32)
     params = jax.tree.map(noisy, jax.jit(model.init)(jax.random.key(0)))
-    provenance = {name: "run 0123456789ab step 4" for name in named_leaves(params)}
+    provenance = dict.fromkeys(named_leaves(params), "run 0123456789ab step 4")
     run = Run(config, model, {"provenance": provenance, "llm": language.identity}, 7, params, set())
     made = Made(run, language, load_vae(config.model.vae.path)[0], folder / "export")
     write_export(made.folder, run, language, made.vae)
@@ -102,6 +103,15 @@ def test_the_same_videos_bit_for_bit(scratch):
     ours, theirs = scratch.pipeline()(PROMPTS, seed=3), Pipeline.from_export(scratch.folder)(PROMPTS, seed=3)
     assert theirs.rephrased == ours.rephrased and theirs.seeds == ours.seeds
     assert theirs.videos.shape == (2, 5, 16, 16, 3) and len(np.unique(theirs.videos)) > 100
+    np.testing.assert_array_equal(theirs.videos, ours.videos)
+
+
+def test_a_run_that_encodes_needs_no_instruction(tmp_path):
+    made = make(tmp_path, model__condition="encode")
+    assert json.loads((made.folder / "adapter" / "adapter.json").read_text())["llm"]["instruction"] is None
+    (tmp_path / "llm" / "instruction.txt").unlink()
+    ours, theirs = made.pipeline()(PROMPTS, seed=3), Pipeline.from_export(made.folder)(PROMPTS, seed=3)
+    assert theirs.rephrased == [None, None]
     np.testing.assert_array_equal(theirs.videos, ours.videos)
 
 
@@ -232,7 +242,9 @@ def test_missing_weights_are_named(copy_adapted, part):
 
 
 def test_another_llm_is_refused(scratch, tmp_path):
-    with pytest.raises(ValueError, match=r"belongs to another LLM than this one: sha256: [0-9a-f]{64} there, "):
+    with pytest.raises(
+        ValueError, match=r"belongs to another LLM or condition than this one: sha256: [0-9a-f]{64} there, "
+    ):
         Pipeline.from_export(scratch.folder, llm=write_llm(tmp_path / "llm", seed=1))
 
 

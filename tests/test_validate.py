@@ -15,6 +15,7 @@ FAULTS = {
     "model__adapter__width": (17, "model.adapter.width=17 is not a multiple of model.adapter.heads=2; nearest: 16"),
     "model__dit__text_len": (100, "text_len=100 cannot hold 2 registers and 160 tokens; nearest: 162"),
     "model__dit__patch": ((2, 8, 8), "time patch must be 1"),
+    "model__condition": ("rewrite", "model.condition='rewrite' is unknown .nearest: rewrite_then_encode"),
     "model__adapter__kind": ("refinr", "model.adapter.kind='refinr' is unknown .nearest: refiner"),
     "model__prediction": ("noise", "valid: velocity, data"),
     "model__dtype": ("float16", "nearest: float32|nearest: bfloat16"),
@@ -38,6 +39,16 @@ def test_a_fault_is_named_with_the_nearest_choice(key, tmp_path):
 def test_all_faults_are_named_at_once(tmp_path):
     with pytest.raises(ValueError, match="(?s)data.frames=3.*data.height=20|data.height=20.*data.frames=3"):
         validate(tiny_config(1, tmp_path, data__frames=3, data__height=20))
+
+
+def test_text_len_holds_the_states_of_the_condition(tmp_path):
+    """Those of the prompt's own tokens for `encode`, else those of what is written."""
+    config = tiny_config(1, tmp_path, model__llm__max_prompt=170, model__condition="encode")
+    with pytest.raises(ValueError, match="text_len=164 cannot hold 2 registers and 170 tokens; nearest: 172"):
+        validate(config)
+    for condition in ("rephrase", "rewrite_then_encode"):
+        config.model.condition = condition
+        validate(config)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])
