@@ -59,8 +59,8 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
 
 
 def language_from(model: ConfigDict, rules: str | None = None) -> Condition:
-    """What conditions the video, by a config's `model` group; `rules` stand in for the text of its instruction."""
-    return open_text(model.condition, **model.llm, rules=rules)
+    """What conditions the video, by a config's `model` group; `rules` stand in for the text of the instruction."""
+    return open_text(model.condition, **model.llm, **({} if rules is None else {"rules": rules}))
 
 
 def model_from(model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | WanVAE | None = None) -> Model:

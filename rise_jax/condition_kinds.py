@@ -60,7 +60,7 @@ class Condition(Protocol):
 class _Encoded:
     """A frozen LLM that reads the tokens of each pair by themselves: no instruction, no prompt before them."""
 
-    prefix = None
+    prefix, rules = None, None
 
     def __init__(self, llm, params: dict, tokenizer: Tokenizer, *, length: int, width: int, layer: int):
         self.params, self.length, self.width, self._pad = params, length, width, tokenizer.pad
@@ -93,24 +93,13 @@ class _Encoded:
 
 
 class Encode(_Encoded):
-    """Nothing is written: the LLM is a text encoder of the user's prompt. `instruction`, `rules` and `max_new` have no influence."""
+    """Nothing is written: the LLM is a text encoder of the user's prompt. `instruction` and `max_new` have no influence."""
 
     condition = "encode"
     writes = False
     budget = "max_prompt"
-    rules = None
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        instruction: str,
-        dtype: str,
-        max_prompt: int,
-        max_new: int,
-        layer: int = -1,
-        rules: str | None = None,
-    ):
+    def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int, layer: int = -1):
         """`layer` as in `Language`; ValueError for one that is not there."""
         loaded = load_llm(path, jnp.dtype(dtype))
         config, self._tokenizer = loaded.config, loaded.tokenizer

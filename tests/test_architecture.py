@@ -194,11 +194,11 @@ def is_group(node, group):
 
 
 def test_configs_are_small():
-    for stage in ("stage1", "stage2"):
+    for stage in ("stage0", "stage1", "stage2"):
         keys = config_keys(stage)
         assert len(keys) <= 60
         assert {key.split(".")[0] for key in keys} == {"run", "data", "model", "optim", "mesh", "sample"}
-    assert config_keys("stage1") == config_keys("stage2")
+    assert config_keys("stage0") == config_keys("stage1") == config_keys("stage2")
 
 
 @pytest.mark.parametrize("name", sorted(config_keys("stage1")))
