@@ -58,9 +58,10 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
     return graph, nnx.to_pure_dict(params), init
 
 
-def language_from(model: ConfigDict) -> Condition:
-    """What conditions the video, by a config's `model` group."""
-    return open_text(model.condition, **model[CONDITIONS[model.condition].group])
+def language_from(model: ConfigDict, rules: str | None = None) -> Condition:
+    """What conditions the video, by a config's `model` group; `rules` stand in for the text of the instruction."""
+    settings = model[CONDITIONS[model.condition].group]
+    return open_text(model.condition, **settings, **({} if rules is None else {"rules": rules}))
 
 
 def model_from(model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | WanVAE | None = None) -> Model:

@@ -29,7 +29,7 @@ class Condition(Protocol):
 
     condition: its name. writes: whether the LLM writes a caption that is missing. budget: the setting in that group that says how
     many states there are at most, `length`. width: of a state. params, prefix: what `states_in_step` needs on the device.
-    identity: JSON of all that the states depend on but the texts and `length`.
+    identity: JSON of all that the states depend on but the texts and `length`. rules: the text of the instruction; None without one.
     """
 
     condition: str
@@ -41,6 +41,7 @@ class Condition(Protocol):
     params: dict
     prefix: Any
     identity: dict
+    rules: str | None
 
     def pair(self, text: Text) -> Pair:
         """A text as what is kept of it. Raises ValueError for one over its budget."""
@@ -63,7 +64,7 @@ class Condition(Protocol):
 class _Encoded:
     """A frozen model that reads the tokens of each pair by themselves: no instruction, no prompt before them."""
 
-    prefix = None
+    prefix, rules = None, None
 
     def __init__(self, encode: Callable, params: dict, *, pad: int, length: int, width: int):
         """encode: (params, ids [B, L], mask [B, L]) -> states [B, L, width], zero behind the mask."""
@@ -143,6 +144,7 @@ class RewriteThenEncode(_Encoded):
     def __init__(self, **llm):
         """`llm`: as for `Language`."""
         self._writer = writer = Language(**llm)
+        self.rules = writer.rules
         tokenizer = writer.prompter.tokenizer
         encode = partial(rephrase.encoded, writer.llm, leading=tokenizer.leading, layer=writer.layer)
         super().__init__(encode, writer.params, pad=tokenizer.pad, length=writer.length, width=writer.width)

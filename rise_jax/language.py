@@ -57,15 +57,27 @@ class Language:
     writes = True
     group, budget = "llm", "max_new"
 
-    def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int, layer: int = -1):
-        """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own.
+    def __init__(
+        self,
+        *,
+        path: str,
+        instruction: str,
+        dtype: str,
+        max_prompt: int,
+        max_new: int,
+        layer: int = -1,
+        rules: str | None = None,
+    ):
+        """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own; `rules` stand in for its text.
 
         `layer` says whose states condition the video, counted as in `LLMConfig.layer_index`; ValueError for one that is not there.
         """
         loaded = load_llm(path, jnp.dtype(dtype))
-        rules = INSTRUCTIONS / f"{instruction}.txt"
-        rules = rules if rules.is_file() else Path(instruction)
-        self.prompter = Prompter(loaded.tokenizer, Instruction.read(rules), max_prompt)
+        file = INSTRUCTIONS / f"{instruction}.txt"
+        file = file if file.is_file() else Path(instruction)
+        spoken = Instruction.read(file) if rules is None else Instruction.parse(rules, instruction)
+        self.rules = file.read_bytes().decode() if rules is None else rules  # line ends as they are: they are hashed
+        self.prompter = Prompter(loaded.tokenizer, spoken, max_prompt)
         self.max_new = self.length = max_new
         self.width = loaded.config.width
         self.layer = loaded.config.layer_index(layer)
@@ -75,7 +87,7 @@ class Language:
         self.identity = {
             "sha256": loaded.identity["sha256"],
             "dtype": dtype,
-            "instruction": hashlib.sha256(rules.read_bytes()).hexdigest(),
+            "instruction": hashlib.sha256(self.rules.encode()).hexdigest(),
             "align": "predictor",
         }
         if self.layer != loaded.config.depth:  # absent = the final states, as in runs from before there was a choice

@@ -1,6 +1,6 @@
 """Prompt -> video in Python: what --mode=generate and --mode=evaluate call.
 
-pipe = Pipeline.from_run("runs/stage2-tiny")
+pipe = Pipeline.from_run("runs/stage2-tiny")  # or Pipeline.from_export(FOLDER)
 out = pipe(["a cat running"], seed=0)        # out.videos uint8 [B, T, H, W, 3], out.rephrased list of texts
 """
 
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from rise_jax import flow, runs, sampler
 from rise_jax.build import Model, language_from
 from rise_jax.condition_kinds import Condition
+from rise_jax.exported import read_export
 from rise_jax.language import Rephrasings
 from rise_jax.published import load_vae
 from rise_jax.validate import check_clip
@@ -44,13 +45,16 @@ class Pipeline:
     @classmethod
     def from_run(cls, workdir: str | Path) -> "Pipeline":
         """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none."""
-        config = ConfigDict(runs.read_config(Path(workdir)))
-        language = language_from(config.model)
-        run = runs.read_run(Path(workdir), language.width)
-        runs.check_heard(str(workdir), run.meta["llm"], language.identity)
-        vae, identity = load_vae(config.model.vae.path)
-        runs.check_vae(str(workdir), run.meta["vae"], identity)
-        return cls(run.model, run.params, vae, language, config)
+        run, language, vae = open_run(Path(workdir))
+        return cls(run.model, run.params, vae, language, run.config)
+
+    @classmethod
+    def from_export(cls, folder: str | Path, llm: str | Path | None = None) -> "Pipeline":
+        """What --mode=export wrote: the same videos as from the run itself. `llm` is the LLM's path, where it lies elsewhere.
+
+        Raises FileNotFoundError naming missing files, ValueError where LLM, adapter, DiT and VAE do not belong together.
+        """
+        return cls(*read_export(Path(folder), llm and str(llm)))
 
     def __call__(
         self,
@@ -126,6 +130,17 @@ class Pipeline:
             )
             videos.append(np.asarray(video)[: len(rows)])
         return np.concatenate(videos)
+
+
+def open_run(workdir: Path) -> tuple[runs.Run, Condition, dict]:
+    """(run, its LLM, its VAE's parameters). FileNotFoundError where there is no run, ValueError when LLM or VAE are others now."""
+    config = ConfigDict(runs.read_config(workdir))
+    language = language_from(config.model)
+    run = runs.read_run(workdir, language.width)
+    runs.check_heard(str(workdir), run.meta["llm"], language.identity)
+    vae, identity = load_vae(config.model.vae.path)
+    runs.check_vae(str(workdir), run.meta["vae"], identity)
+    return run, language, vae
 
 
 def _sample(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):

@@ -94,16 +94,21 @@ class Instruction:
 
     @classmethod
     def read(cls, path: Path | str) -> "Instruction":
-        """Reads a text file: the rule first, then examples as lines `prompt: ...` each followed by `caption: ...`.
-
-        Blank lines are free. ValueError names the file and the line of a mistake.
-        """
+        """`parse` of a text file."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no instruction file at {path}")
+        return cls.parse(path.read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def parse(cls, text: str, path: str) -> "Instruction":
+        """The rule first, then examples as lines `prompt: ...` each followed by `caption: ...`.
+
+        Blank lines are free. ValueError names the `path` that the text came from and the line of a mistake.
+        """
         rule: list[str] = []
         marked: list[tuple[str, str]] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(text.splitlines(), 1):
             mark, _, text = (part.strip() for part in line.partition(":"))
             if mark in ("prompt", "caption"):
                 marked.append(_marked(path, number, mark, text, marked))
@@ -121,7 +126,7 @@ class Instruction:
         return cls("\n".join(rule), tuple(zip(texts[::2], texts[1::2])))
 
 
-def _marked(path: Path, number: int, mark: str, text: str, before: list) -> tuple[str, str]:
+def _marked(path: str, number: int, mark: str, text: str, before: list) -> tuple[str, str]:
     if not text:
         raise ValueError(f"{path}, line {number}: '{mark}:' is empty")
     expected = "caption" if before and before[-1][0] == "prompt" else "prompt"

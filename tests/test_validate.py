@@ -3,7 +3,7 @@
 import pytest
 from tiny import tiny_config
 
-from configs import stage1
+from configs import stage0, stage1, stage2
 from rise_jax.validate import validate
 
 FAULTS = {
@@ -53,7 +53,35 @@ def test_text_len_holds_the_states_of_the_condition(tmp_path):
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_the_shipped_presets_are_valid(preset):
-    validate(stage1.get_config(preset))
+    for stage in (stage0, stage1, stage2):
+        validate(stage.get_config(preset))
+    validate(stage0.get_config(f"{preset}_images"))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_stage_0_makes_what_the_frozen_preset_takes(size):
+    """The same DiT but for how it runs; images first, then clips from there; everything trains in one, the adapter in the other."""
+    made, taken = stage0.get_config(size), stage1.get_config(f"{size}_frozen")
+    runtime = {"path": f"runs/stage0-{size}/export", "low_rank": 0}
+    assert taken.model.dit.to_dict() == made.model.dit.to_dict() | runtime and made.model.dit.path == ""
+    assert taken.model.adapter.d_ctx == made.model.adapter.d_ctx
+    assert (made.model.condition, taken.model.condition) == ("encode", "rephrase")
+    assert (made.model.null, made.model.trainable, made.optim.drop) == ("learned", (".",), 0.1)
+    assert (taken.model.trainable, taken.optim.drop) == (("^adapter/",), 0)
+    images = stage0.get_config(f"{size}_images")
+    assert images.data.frames == 1 < made.data.frames and images.run.init_from == ""
+    assert (images.run.stage, images.run.preset) == (made.run.init_from, made.run.preset)
+
+
+def test_a_frozen_preset_without_its_backbone_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder at runs/stage0-tiny/export"):
+        validate(stage1.get_config("tiny_frozen"))
+
+
+def test_stage_0_of_a_published_backbone_is_refused():
+    with pytest.raises(ValueError, match="'wan_1_3b' has a backbone, Wan2.1-T2V-1.3B-Diffusers; .* use tiny or small"):
+        stage0.get_config("wan_1_3b")
 
 
 def test_an_unknown_preset_names_the_nearest():
