@@ -47,6 +47,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         native=dict(
             path="", length=512, dtype="bfloat16"
         ),  # a T5 or umT5 encoder: its folder, and the most tokens of a text
+        calibrate="",  # a file of captions, one a line: the native encoder's mean and spread over them start the adapter's output
         null="learned",  # the condition of "no prompt": learned, native (the encoder's own), or a .safetensors file
         dtype="",  # of matrix products; what trains, norms and softmax stay float32
         trainable=(".",),  # path patterns (re.search); the rest is frozen

@@ -16,6 +16,7 @@ from rise_jax import published
 from rise_jax.build import Model, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.language import differing, states_in_batch
+from rise_jax.models.adapter import calibrate_output
 from rise_jax.optim import make_optimizer
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
@@ -131,7 +132,8 @@ def initial_parameters(
 ) -> Parameters:
     """Every leaf from the first that has it: the run `source`, the config's published files, random initialisation.
 
-    A random adapter is calibrated on `heard` (states, mask) of some texts. Raises ValueError when the run heard another LLM or
+    A random adapter is calibrated on `heard` (states, mask) of some texts, and its output on the native encoder's states of the
+    captions in `model.calibrate`. Raises ValueError when the run heard another LLM or
     instruction, or when its leaves are not those of this model (low-rank corrections may be new).
     """
     names = named_leaves(model.abstract)
@@ -152,6 +154,9 @@ def initial_parameters(
     if not source and "adapter" in tree:
         part = {"adapter": tree["adapter"]}
         tree |= jax.jit(model.calibrate, out_shardings=place(part))(part, *heard)
+        if config.model.calibrate:
+            adapter = calibrate_output(tree["adapter"], *published.native_statistics(config.model))
+            tree["adapter"] = jax.device_put(adapter, place({"adapter": adapter})["adapter"])
     return Parameters(tree, {name: origins[name] for name in names})
 
 

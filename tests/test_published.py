@@ -177,3 +177,22 @@ def test_the_native_null_condition_is_the_encoders_empty_text(files, tmp_path):
         theirs = model(torch.tensor([[1]])).last_hidden_state.float().numpy()
     assert value.shape == (1, 1, 16) and origin.startswith("encoder ")
     np.testing.assert_allclose(value, theirs, atol=0.05 * np.abs(theirs).max())
+
+
+def test_the_adapters_output_starts_with_the_native_encoders_mean_and_spread(files, tmp_path):
+    """Over all tokens of the captions, end tokens included, padding not, however many make a batch."""
+    folder, captions = write_umt5(tmp_path / "t5", width=16), ["red", "red red blue", "blue"] * 12
+    (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n")
+    config = config_of(files, model__calibrate=str(tmp_path / "captions.txt"), optim__learning_rate=1e-9)
+    config.model.native.update(path=str(folder), length=8, dtype="float32")
+    assert train(config, tmp_path / "run") == 0
+    model = UMT5EncoderModel.from_pretrained(folder)
+    with torch.no_grad():
+        states = [model(torch.tensor([ids])).last_hidden_state[0] for ids in ([3, 1], [3, 3, 2, 1], [2, 1])]
+    expected = torch.cat(states).numpy()
+    norm = Pipeline.from_run(tmp_path / "run").params["adapter"]["output_norm"]
+    np.testing.assert_allclose(norm["bias"], expected.mean(0), atol=1e-5)
+    np.testing.assert_allclose(norm["scale"], expected.std(0), atol=1e-5)
+    (tmp_path / "captions.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no caption"):
+        train(config, tmp_path / "other")

@@ -64,6 +64,17 @@ def calibrate(params: dict, states: Array, mask: Array) -> dict:
     return params | {"input_norm": {"scale": scale}, "input_bias": -mean * scale}
 
 
+def calibrate_output(params: dict, mean: Array, std: Array) -> dict:
+    """An adapter's parameters whose closing norm starts with this mean and spread, [d_ctx] each, of the text space it writes into.
+
+    Raises:
+      ValueError: the adapter has no closing norm.
+    """
+    if "output_norm" not in params:
+        raise ValueError("this adapter has no closing norm (output_norm=False, or kind 'identity') to calibrate")
+    return params | {"output_norm": {"scale": jnp.asarray(std), "bias": jnp.asarray(mean)}}
+
+
 class Adapter(nnx.Module):
     """What the kinds share: both ends, the time embedding and the null condition. A kind adds `tokens` and `dtype`.
 
