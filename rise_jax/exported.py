@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from rise_jax.build import Model, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
-from rise_jax.condition_kinds import Condition
+from rise_jax.condition_kinds import CONDITIONS, Condition
 from rise_jax.language import differing, states_in_batch
 from rise_jax.placement import Place, check, stream
 from rise_jax.published import LEARNED, NATIVE, PIXELS, RUNTIME, dit_faults, load_null, load_vae, open_vae
@@ -56,10 +56,11 @@ def write_export(folder: Path, run: Run, language: Condition, vae: dict) -> None
     scratch = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / CARD).parent.mkdir(parents=True)
-    adapter = {name: np.asarray(leaf) for name, leaf in named_leaves(params["adapter"]).items() if name != "null"}
-    safetensors.numpy.save_file(adapter, scratch / ADAPTER)
-    null = np.asarray(params["adapter"]["null"] if model.null == LEARNED else params["null"]["embedding"])
-    safetensors.numpy.save_file({"null": null}, scratch / NULL)
+    adapter = named_leaves(params.get("adapter", {}))  # kind `identity` has no leaves
+    kept = {name: np.asarray(leaf) for name, leaf in adapter.items() if name != "null"}
+    safetensors.numpy.save_file(kept, scratch / ADAPTER)
+    null = adapter["null"] if model.null == LEARNED else params["null"]["embedding"]
+    safetensors.numpy.save_file({"null": np.asarray(null)}, scratch / NULL)
     save_wan(merge_low_rank(params["dit"]), _dit_sizes(model), scratch / "transformer")
     if model.vae.path != PIXELS:
         save_wan_vae(vae, open_wan_vae(model.vae.path)[0], scratch / "vae")
@@ -81,7 +82,8 @@ def read_export(folder: Path, llm: str | None = None) -> Export:
     _refuse_missing(folder, config.model.vae.path)
     if faults := dit_faults(config.model):
         raise ValueError(f"the parts of {folder} do not belong together:\n" + "\n".join(f"  {x}" for x in faults))
-    config.model.llm.path = llm or config.model.llm.path
+    settings = config.model[CONDITIONS[config.model.condition].group]
+    settings.path = llm or settings.path
     language = language_from(config.model, rules=card["llm"]["instruction"])
     _check_language(card["llm"], language, folder)
     model = model_from(config.model, language.width, states_in_batch)
@@ -130,7 +132,7 @@ def _config(card: dict, folder: Path) -> ConfigDict:
     """The run's config with the folder's own files for its parts."""
     config = ConfigDict({"model": card["model"], "sample": card["sample"], "data": {"fps": card["fps"]}})
     config.model.dit.update(path=str(folder), low_rank=0)
-    config.model.update(null=str(folder / NULL), trainable=["^adapter/"])
+    config.model.update(null=str(folder / NULL), trainable=["."])
     if config.model.vae.path != PIXELS:
         config.model.vae.path = str(folder)
     return config

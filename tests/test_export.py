@@ -12,6 +12,7 @@ import torch
 import wan
 import wan_vae
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from encoders import write_umt5
 from safetensors.numpy import load_file, save_file
 from tiny import INSTRUCTION, on_one_device, tiny_config, write_llm
 
@@ -106,8 +107,15 @@ def test_the_same_videos_bit_for_bit(scratch):
     np.testing.assert_array_equal(theirs.videos, ours.videos)
 
 
-def test_a_run_that_encodes_needs_no_instruction(tmp_path):
-    made = make(tmp_path, model__condition="encode")
+@pytest.mark.parametrize("condition", ["encode", "native"])
+def test_a_run_that_reads_the_prompt_alone_needs_no_instruction(condition, tmp_path):
+    """Nor an adapter, where the native encoder's states are what the backbone takes."""
+    overrides = dict(model__condition=condition)
+    if condition == "native":
+        encoder = write_umt5(tmp_path / "t5", width=16)
+        overrides["model__adapter"] = dict(kind="identity", d_ctx=16, registers=0, time_cond="off")
+        overrides["model__native"] = dict(path=str(encoder), length=100, dtype="float32")
+    made = make(tmp_path, **overrides)
     assert json.loads((made.folder / "adapter" / "adapter.json").read_text())["llm"]["instruction"] is None
     (tmp_path / "llm" / "instruction.txt").unlink()
     ours, theirs = made.pipeline()(PROMPTS, seed=3), Pipeline.from_export(made.folder)(PROMPTS, seed=3)

@@ -30,14 +30,14 @@ from rise_jax.export import export
 from rise_jax.generate import generate
 from rise_jax.step import sample_losses
 from rise_jax.trees import named_leaves
-from rise_jax.video import read_video, to_float, write_png, write_video
+from rise_jax.video import read_video, write_png, write_video
 from rise_jax.weights import EMBEDDED_SHA256
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SAMPLES, SIZE, WIDTH = 64, 16, 576  # pictures, pixels, width of the embedded LLM
-TIMES = (0.7, 0.9, 0.97)
+TIMES = (0.98, 0.99, 0.998)  # below, a picture of few pixels can be read through the noise
 SMALL = dict(
     model__adapter=dict(d_ctx=32, width=32, depth=1, heads=2, registers=2),
     model__dit=dict(width=48, mlp_width=96, heads=2, depth=2, patch=(1, 4, 4), text_len=34),
@@ -45,7 +45,7 @@ SMALL = dict(
     data=dict(source="folder", height=SIZE, width=SIZE),
     sample=dict(height=SIZE, width=SIZE, steps=4, batch_size=2),
     run=dict(steps=400, batch_size=32, save_every=1000),
-    optim=dict(kind="adamw", learning_rate=4e-3, decay_from=200, decay_until=400),
+    optim=dict(kind="adamw", learning_rate=4e-3, decay_from=200, decay_until=400, time_mean=2.0),
 )
 PROMPTS = ["small red circle, white background", "large blue square, black background"]
 
@@ -112,7 +112,7 @@ def hashes(folder):
 def left(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     pictures, clips = draw(folder / "pictures", 1), draw(folder / "clips", 5)
-    stage0 = train("stage0.py:tiny_images", folder / "stage0", data=dict(path=pictures))
+    stage0 = train("stage0.py:tiny_images", folder / "stage0", data=dict(path=pictures), optim=dict(drop=0.2))
     assert export(None, stage0) == 0
     backbone = stage0 / "export"
     before = hashes(backbone)
@@ -229,4 +229,4 @@ def test_the_end_is_exported_and_diffusers_loads_it(left):
     assert wan.relative(forward(run.params), theirs) < 1e-5
     ours, other = Pipeline.from_run(left.stage2)(PROMPTS), Pipeline.from_export(left.stage2 / "export")(PROMPTS)
     assert other.rephrased == ours.rephrased
-    assert np.abs(to_float(other.videos) - to_float(ours.videos)).max() <= 2 / 255
+    assert np.abs(other.videos.astype(int) - ours.videos.astype(int)).max() <= 1
