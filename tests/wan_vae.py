@@ -12,8 +12,9 @@ from diffusers import AutoencoderKLWan
 from rise_jax.models.wan_vae import WanVAE, WanVAEConfig
 from rise_jax.weights_wan_vae import LoadedWanVAE, load_wan_vae
 
-# The published stages; and two others, cheaper to compile.
+# The published stages, narrow; with fewer blocks; and two others, cheaper to compile.
 PUBLISHED = dict(base_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=2, z_dim=16, temperal_downsample=[False, True, True])
+FEWER = {**PUBLISHED, "num_res_blocks": 1, "z_dim": 7}
 SMALL = dict(base_dim=6, dim_mult=[1, 2], num_res_blocks=1, z_dim=5, temperal_downsample=[True])
 EARLY = dict(base_dim=4, dim_mult=[1, 1, 3], num_res_blocks=1, z_dim=3, temperal_downsample=[True, False])
 
