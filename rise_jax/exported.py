@@ -88,7 +88,7 @@ def read_export(folder: Path, llm: str | None = None) -> Export:
     _check_language(card["llm"], language, folder)
     model = model_from(config.model, language.width, states_in_batch)
     params = {
-        "adapter": _load_adapter(folder / ADAPTER, model.abstract["adapter"]),
+        "adapter": _load_adapter(folder / ADAPTER, model.abstract.get("adapter", {})),
         "dit": load_wan(folder, text_len=config.model.dit.text_len, dtype=None).params,
         "null": {"embedding": load_null(config.model)[0]},
     }
