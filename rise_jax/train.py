@@ -2,12 +2,9 @@
 
 import logging
 import math
-import signal
-import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import runs
@@ -17,23 +14,19 @@ from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
 from rise_jax.language import states_in_batch
+from rise_jax.loop import run_steps
 from rise_jax.optim import make_optimizer
 from rise_jax.published import load_vae
-from rise_jax.report import Report, peak_memory_gib, read_metrics, write_summary
-from rise_jax.sharding import check_batch, make_mesh, put_batch, shardings
+from rise_jax.report import peak_memory_gib, read_metrics, write_summary
+from rise_jax.sharding import check_batch, make_mesh, shardings
 from rise_jax.step import make_train_step, new_state
 from rise_jax.trees import partition, tree_sha256
 from rise_jax.validate import validate
-from rise_jax.workdir import check_workdir, lock_workdir, write_json
+from rise_jax.workdir import check_workdir, lock_workdir
 
 LOG = logging.getLogger(__name__)
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 HEARD = 256  # texts whose states calibrate a new adapter
 TAIL = 50  # steps in the final loss of the summary
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient was not a finite number; the parameters are those before that step."""
 
 
 def train(config: ConfigDict, workdir: Path) -> int:
@@ -116,7 +109,10 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             quarantine_file=workdir / "quarantine.jsonl",
         )
         _announce(config, source, start, state, frozen)
-        return _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta)
+        code, state = run_steps(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta)
+    if code == 0:
+        _finish(config, workdir, state)
+    return code
 
 
 def _source_settings(config: ConfigDict) -> dict:
@@ -171,54 +167,6 @@ def _announce(config, source, start, state, frozen) -> None:
     )
 
 
-def _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta) -> int:
-    key = jax.random.key(config.run.seed)
-    stop = _Signals()
-    numbers = None  # of the samples whose metrics are still on the device
-    with stop, Report(workdir, config.run.steps, start) as report:
-        for step in range(start, config.run.steps):
-            began = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - began
-            state, metrics = step_fn(state, frozen, _on_mesh(batch, table, step, mesh), key)
-            _check_finite(report.log(step + 1, metrics | {"data_seconds": waited}), step, numbers, workdir)
-            numbers = batch["index"]
-            last = stop.seen or step + 1 == config.run.steps
-            if last or (step + 1) % config.run.save_every == 0:
-                _check_finite(report.flush(), step + 1, numbers, workdir)
-                checkpoints.save(step + 1, state, meta)
-                report.pause()
-            if stop.seen:
-                checkpoints.wait()
-                print(f"stopped by {stop.seen} after step {step + 1}, saved; the same command continues", flush=True)
-                return EXIT_STOPPED
-    checkpoints.wait()
-    _finish(config, workdir, state)
-    return 0
-
-
-def _on_mesh(batch: dict, table: dict, step: int, mesh) -> dict:
-    rows = {name: array[batch["text"]] for name, array in table.items()}
-    kept = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.int32)}
-    return put_batch(kept | rows, mesh) | {"step": np.int32(step)}
-
-
-def _check_finite(metrics: dict | None, step: int, numbers, workdir: Path) -> None:
-    if metrics is None or metrics["finite"]:
-        return
-    record = {
-        "step": step,
-        "samples": numbers.tolist(),
-        "loss": str(metrics["loss"]),
-        "grad_norm": str(metrics["grad_norm"]),
-    }
-    write_json(workdir / "nonfinite.json", record)
-    raise NonFiniteError(
-        f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}: stopped before the update. "
-        f"The batch's samples are in {workdir / 'nonfinite.json'}; the last checkpoint is good."
-    )
-
-
 def _finish(config, workdir: Path, state) -> None:
     lines = read_metrics(workdir)
     losses = [line["loss"] for line in lines[-TAIL:]]
@@ -241,22 +189,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
-
-
-class _Signals:
-    """While active, SIGTERM and SIGINT only set `seen`; a second one acts as usual."""
-
-    def __init__(self):
-        self.seen = ""
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        self.seen = signal.Signals(number).name
-        signal.signal(number, self._before[number])

@@ -45,6 +45,7 @@ LAYERS = (
     ("metrics", "pixel_rules"),
     ("build", "step", "runs", "validate", "exported"),
     ("pipeline", "rise_jax"),
+    ("loop",),
     ("train", "generate", "evaluate", "export"),
     ("main",),
 )
@@ -53,6 +54,7 @@ LONGER = {}  # path: why it is one concept all the same
 READS_CONFIG = {
     "main",
     "train",
+    "loop",
     "generate",
     "evaluate",
     "export",
