@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
+from rise_jax.models.remat import REMAT
 from rise_jax.optim import KINDS as OPTIMIZERS
 from rise_jax.published import dit_faults, open_vae
 from rise_jax.sampler import STEPPERS
@@ -47,6 +48,7 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
+        "model.dit.remat": (config.model.dit.get("remat", "none"), REMAT),
         "model.prediction": (config.model.prediction, PREDICTIONS),
         "optim.kind": (config.optim.kind, OPTIMIZERS),
         "data.states": (config.data.states, ("cached", "in_step")),

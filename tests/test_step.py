@@ -19,7 +19,7 @@ from rise_jax.trees import combine, named_leaves, partition, tree_sha256
 D_LLM, TOKENS, BATCH = 16, 5, 8
 SIZES = dict(
     adapter=dict(kind="refiner", d_ctx=16, width=16, depth=1, heads=2, registers=2, time_cond="off"),
-    dit=dict(path="", width=32, mlp_width=32, heads=4, depth=2, patch=(1, 4, 4), text_len=8, remat=False),
+    dit=dict(path="", width=32, mlp_width=32, heads=4, depth=2, patch=(1, 4, 4), text_len=8, remat="none"),
     vae=dict(path="pixels"),
     null="learned",
     trainable=(".",),
