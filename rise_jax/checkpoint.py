@@ -3,6 +3,9 @@
 A checkpoint is one folder `<directory>/<step>`: the state (arrays, by Orbax), `meta` (JSON) and `digest.json` with the
 size and CRC-32 of each file. Orbax writes to a temporary name and renames, so a killed save leaves the older ones as
 they were; the digests are there because Orbax restores a flipped bit without complaint.
+
+Of several processes all call the same methods in the same order; each writes and reads its devices' parts, and process 0 decides
+which checkpoints there are and whether they are whole.
 """
 
 import json
@@ -17,6 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from rise_jax.processes import any_process, from_first, is_first, meet
 from rise_jax.trees import named_leaves
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ class Checkpoints:
             create=False,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            single_host_load_and_broadcast=True,
         )
         self._manager = ocp.CheckpointManager(self.directory, item_names=("state", "meta"), options=options)
 
@@ -75,7 +80,7 @@ class Checkpoints:
         if step is None:
             return
         self._try_writing(step, self._manager.wait_until_finished)
-        if jax.process_index() == 0:
+        if is_first():
             self._try_writing(step, lambda: _write_digest(self.directory / str(step)))
 
     def close(self) -> None:
@@ -84,6 +89,14 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        """Closes. A process that failed among others does not: the others may never come to where closing waits for them."""
+        if kind is None or jax.process_count() == 1:
+            self.close()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict] | None:
         """(step, state, meta) of the newest good checkpoint, or of `step`; None when there is none at all.
@@ -112,7 +125,9 @@ class Checkpoints:
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
         folder = self.directory / str(step)
-        _verify(folder)
+        fault = _fault(folder) if is_first() else ""
+        if from_first(bool(fault)):
+            raise DamagedError(fault or "found by process 0")
         document = self._restore_item(step, meta=ocp.args.JsonRestore()).meta
         differences = _differences(document["leaves"], _describe(abstract_state))
         if differences:
@@ -121,17 +136,23 @@ class Checkpoints:
         return state, document["meta"]
 
     def _restore_item(self, step: int, **items: Any) -> Any:
+        fault, found = None, None
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises bare Exception for an unreadable array
-            raise DamagedError(f"{type(error).__name__}: {_first_line(error)}") from error
+            fault = error
+        if any_process(fault is not None):
+            said = f"{type(fault).__name__}: {_first_line(fault)}" if fault else "another process could not read it"
+            raise DamagedError(said) from fault
+        return found
 
     def _pass_over(self, reasons: dict[int, str], used: int) -> None:
         for step, reason in reasons.items():
             LOG.warning("checkpoint %s is damaged (%s); using step %d", self.directory / str(step), reason, used)
-            if not self._read_only and jax.process_index() == 0:
+            if not self._read_only and is_first():
                 _move_aside(self.directory / str(step))
         if reasons and not self._read_only:
+            meet("damaged checkpoints aside")
             self._manager.reload()
 
     def _try_writing(self, step: int, write: Any) -> None:
@@ -172,22 +193,26 @@ def _write_digest(folder: Path) -> None:
     scratch.replace(folder / DIGEST)
 
 
-def _verify(folder: Path) -> None:
-    """A checkpoint without digests (killed between rename and digest) is complete, only unverified."""
+def _fault(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, "" for nothing.
+
+    One without digests (killed between rename and digest) is complete, only unverified.
+    """
     if not (folder / DIGEST).is_file():
-        return
+        return ""
     try:
         digest = json.loads((folder / DIGEST).read_text())
     except ValueError as error:
-        raise DamagedError(f"{DIGEST} is not JSON: {error}") from error
+        return f"{DIGEST} is not JSON: {error}"
     for name, (size, crc) in digest.items():
         path = folder / name
         if not path.is_file():
-            raise DamagedError(f"{name} is missing")
+            return f"{name} is missing"
         if path.stat().st_size != size:
-            raise DamagedError(f"{name} has {path.stat().st_size} bytes, not {size}")
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
         if _crc32(path) != crc:
-            raise DamagedError(f"{name} has changed since it was written (CRC-32)")
+            return f"{name} has changed since it was written (CRC-32)"
+    return ""
 
 
 def _crc32(path: Path) -> int:

@@ -1,6 +1,5 @@
 """The loop over steps: batches in, metrics and checkpoints out; ends at the last step, at a signal or at a non-finite number."""
 
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rise_jax.processes import Stop, is_first
 from rise_jax.report import Report
 from rise_jax.sharding import put_batch
 from rise_jax.workdir import write_json
@@ -24,24 +24,23 @@ def run_steps(
 ) -> tuple[int, Any]:
     """(exit code, last state): 0 at the last step, EXIT_STOPPED after a signal; both are saved."""
     key = jax.random.key(config.run.seed)
-    stop = _Signals()
-    numbers = None  # of the samples whose metrics are still on the device
+    stop = Stop(mesh)
     with stop, Report(workdir, config.run.steps, start) as report:
         for step in range(start, config.run.steps):
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
             state, metrics = step_fn(state, frozen, _on_mesh(batch, table, step, mesh), key)
-            _check_finite(report.log(step + 1, metrics | {"data_seconds": waited}), step, numbers, workdir)
-            numbers = batch["index"]
-            last = stop.seen or step + 1 == config.run.steps
+            _check_finite(report.log(step + 1, metrics | {"data_seconds": waited}), step, config, workdir)
+            stopped = stop.asked()
+            last = stopped or step + 1 == config.run.steps
             if last or (step + 1) % config.run.save_every == 0:
-                _check_finite(report.flush(), step + 1, numbers, workdir)
+                _check_finite(report.flush(), step + 1, config, workdir)
                 checkpoints.save(step + 1, state, meta)
                 report.pause()
-            if stop.seen:
+            if stopped:
                 checkpoints.wait()
-                print(f"stopped by {stop.seen} after step {step + 1}, saved; the same command continues", flush=True)
+                print(f"stopped by {stopped} after step {step + 1}, saved; the same command continues", flush=True)
                 return EXIT_STOPPED, state
     checkpoints.wait()
     return 0, state
@@ -53,36 +52,20 @@ def _on_mesh(batch: dict, table: dict, step: int, mesh) -> dict:
     return put_batch(kept | rows, mesh) | {"step": np.int32(step)}
 
 
-def _check_finite(metrics: dict | None, step: int, numbers, workdir: Path) -> None:
+def _check_finite(metrics: dict | None, step: int, config, workdir: Path) -> None:
+    """The samples of a step are known from its number: those of all processes, and long after the batch is gone."""
     if metrics is None or metrics["finite"]:
         return
+    size = config.run.batch_size
     record = {
         "step": step,
-        "samples": numbers.tolist(),
+        "samples": list(range((step - 1) * size, step * size)),
         "loss": str(metrics["loss"]),
         "grad_norm": str(metrics["grad_norm"]),
     }
-    write_json(workdir / "nonfinite.json", record)
+    if is_first():
+        write_json(workdir / "nonfinite.json", record)
     raise NonFiniteError(
         f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}: stopped before the update. "
         f"The batch's samples are in {workdir / 'nonfinite.json'}; the last checkpoint is good."
     )
-
-
-class _Signals:
-    """While active, SIGTERM and SIGINT only set `seen`; a second one acts as usual."""
-
-    def __init__(self):
-        self.seen = ""
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        self.seen = signal.Signals(number).name
-        signal.signal(number, self._before[number])

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rise_jax.trees import path_name
@@ -86,6 +87,21 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays -> global arrays on the mesh, split by `batch_sharding`; each process passes its own rows."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def put(tree: Any, targets: Any) -> Any:
+    """Arrays that every process holds whole -> arrays with the shardings `targets`, a tree like it; nothing is communicated.
+
+    (`jax.device_put` to other processes' devices gathers the values of all, to compare them.) Global arrays are moved as they are.
+    """
+
+    def place(leaf, target):
+        if target.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, target)
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
+
+    return jax.tree.map(place, tree, targets)
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

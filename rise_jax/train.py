@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -16,9 +18,10 @@ from rise_jax.data.open import open_source
 from rise_jax.language import states_in_batch
 from rise_jax.loop import run_steps
 from rise_jax.optim import make_optimizer
+from rise_jax.processes import first_then_others, from_first, is_first, meet
 from rise_jax.published import load_vae
 from rise_jax.report import peak_memory_gib, read_metrics, write_summary
-from rise_jax.sharding import check_batch, make_mesh, shardings
+from rise_jax.sharding import check_batch, make_mesh, put, shardings
 from rise_jax.step import make_train_step, new_state
 from rise_jax.trees import partition, tree_sha256
 from rise_jax.validate import validate
@@ -32,18 +35,27 @@ TAIL = 50  # steps in the final loss of the summary
 def train(config: ConfigDict, workdir: Path) -> int:
     """Trains until `run.steps` and returns the exit code. A workdir with a checkpoint is continued, a finished one left alone."""
     validate(config)
+    with _claimed(config, workdir), Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints:
+        summarised = from_first((workdir / "summary.json").exists())
+        if summarised and max(checkpoints.steps(), default=-1) >= config.run.steps:
+            print(
+                f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."
+            )
+            return 0
+        return _run(config, workdir, checkpoints)
+
+
+@contextmanager
+def _claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
+    """The workdir with its lock and config; process 0 claims it for all of the run's processes."""
+    if not is_first():
+        meet("workdir")
+        yield
+        return
     with lock_workdir(workdir):
         check_workdir(workdir, config.to_dict())
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep)
-        try:
-            if max(checkpoints.steps(), default=-1) >= config.run.steps and (workdir / "summary.json").exists():
-                print(
-                    f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."
-                )
-                return 0
-            return _run(config, workdir, checkpoints)
-        finally:
-            checkpoints.close()
+        meet("workdir")
+        yield
 
 
 def find_start(init_from: str, preset: str) -> Path | None:
@@ -68,12 +80,12 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     check_batch(config.run.batch_size, mesh)
     source = open_source(**_source_settings(config))
     language = language_from(config.model)
+    table, frozen, heard = _conditions(config, workdir, source, language, mesh)
     with jax.set_mesh(mesh):
-        table, frozen, heard = _conditions(config, workdir, source, language, mesh)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
         model = model_from(config.model, language.width, states)
         vae, vae_identity = load_vae(config.model.vae.path)
-        frozen["vae"] = jax.device_put(vae, shardings(vae, mesh))
+        frozen["vae"] = put(vae, shardings(vae, mesh))
         optimizer = make_optimizer(
             config.optim.learning_rate,
             config.optim.warmup,
@@ -122,12 +134,15 @@ def _source_settings(config: ConfigDict) -> dict:
 
 def _conditions(config, workdir, source, language, mesh) -> tuple[dict, dict, tuple]:
     """(per-text rows that go with a batch, frozen inputs of the step, states and mask of some texts)."""
-    pairs = complete(source.texts, language, workdir / "captions.jsonl")
+    with first_then_others("captions"):
+        pairs = complete(source.texts, language, workdir / "captions.jsonl")
     if config.data.states == "cached":
-        states, mask = cached_states(pairs, language, workdir / "states.npz")
+        with first_then_others("states"):
+            states, mask = cached_states(pairs, language, workdir / "states.npz")
         return dict(states=states, states_mask=mask), {}, (states[:HEARD], mask[:HEARD])
-    llm = jax.device_put(language.params, shardings(language.params, mesh))
-    return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}, language.teach(pairs[:HEARD])
+    llm = put(language.params, shardings(language.params, mesh))
+    heard = from_first(language.teach(pairs[:HEARD]))
+    return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}, heard
 
 
 def _state(config, workdir, checkpoints, model, optimizer, identities, heard, mesh):
@@ -168,14 +183,16 @@ def _announce(config, source, start, state, frozen) -> None:
 
 
 def _finish(config, workdir: Path, state) -> None:
+    hashes = {"params_sha256": tree_sha256(state.params), "ema_sha256": tree_sha256(state.ema)}  # of all processes' parts
+    if not is_first():
+        return
     lines = read_metrics(workdir)
     losses = [line["loss"] for line in lines[-TAIL:]]
     summary = {
         "steps": config.run.steps,
         "final_loss": math.fsum(losses) / len(losses),
         "seconds": math.fsum(line["step_seconds"] for line in lines),
-        "params_sha256": tree_sha256(state.params),
-        "ema_sha256": tree_sha256(state.ema),
+        **hashes,
         "peak_memory_gib": peak_memory_gib(),
     }
     write_summary(workdir, summary)
