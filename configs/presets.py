@@ -1,8 +1,8 @@
 """One row per named size or published model: what `--config=configs/stage1.py:NAME` selects. Every stage reads the same row.
 
 A row holds model sizes (keyword arguments of the modules, passed on as they are) and the values that belong to a size: clip size,
-batch, learning rate. `tiny` and `small` train everything but the LLM from scratch, on rendered scenes unless told otherwise.
-`dit.remat` is what the DiT's blocks compute again in the backward pass: none, dots, blocks or offload (models/remat.py).
+batch, learning rate, and `dit.remat`, what blocks compute again in the backward pass: none, dots, blocks or offload (models/remat.py).
+`tiny` and `small` train everything but the LLM from scratch, on rendered scenes unless told otherwise.
 `tiny_frozen` and `small_frozen` adapt the backbone of that size that stage 0 made and exported. The `wan` rows adapt published
 weights: Wan2.1-T2V in diffusers' layout, and Qwen2.5-1.5B-Instruct, in folders of these names or where model.dit.path,
 model.vae.path and model.llm.path say.

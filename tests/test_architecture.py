@@ -55,7 +55,7 @@ LAYERS = (
         "data.open",
     ),
     ("metrics", "pixel_rules"),
-    ("build", "step", "runs", "validate", "exported"),
+    ("build", "step", "flops", "runs", "validate", "exported"),
     ("pipeline", "rise_jax"),
     ("loop",),
     ("train", "generate", "evaluate", "export"),
