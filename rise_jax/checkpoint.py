@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Checkpoints:
             raise ValueError(f"run.keep={keep} must be >= 1; 2 keeps one to fall back to")
         self.directory = Path(directory).absolute()
         self._read_only = read_only
-        self._unsettled: int | None = None
+        self._unsettled: tuple[int, Future] | None = None  # the step that is being written, until it has its digests
+        self._background = ThreadPoolExecutor(1)
         if not read_only:
             _make_folder(self.directory)
         options = ocp.CheckpointManagerOptions(
@@ -71,23 +73,22 @@ class Checkpoints:
             return
         document = {"meta": meta, "leaves": _describe(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document))
-        self._unsettled = step
         self._try_writing(step, lambda: self._manager.save(step, args=args))
+        self._unsettled = step, self._background.submit(self._settle, step)
 
     def wait(self) -> None:
         """Returns when the last save is on disk with its digests. Raises OSError with path and reason if it failed."""
-        step, self._unsettled = self._unsettled, None
-        if step is None:
-            return
-        self._try_writing(step, self._manager.wait_until_finished)
-        if is_first():
-            self._try_writing(step, lambda: _write_digest(self.directory / str(step)))
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled:
+            step, settled = unsettled
+            self._try_writing(step, settled.result)
 
     def close(self) -> None:
-        """Waits, then frees Orbax's threads."""
+        """Waits, then frees the threads."""
         try:
             self.wait()
         finally:
+            self._background.shutdown()
             self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -155,11 +156,16 @@ class Checkpoints:
             meet("damaged checkpoints aside")
             self._manager.reload()
 
+    def _settle(self, step: int) -> None:
+        """Reading what was written takes about as long as writing it, so the loop does not wait for that either."""
+        self._manager.wait_until_finished()
+        if is_first():
+            _write_digest(self.directory / str(step))
+
     def _try_writing(self, step: int, write: Any) -> None:
         try:
             write()
         except Exception as error:  # Orbax and TensorStore wrap the disk's error in several types
-            self._unsettled = None
             raise OSError(f"cannot write checkpoint {self.directory / str(step)}: {_reason(error)}") from error
 
 

@@ -71,15 +71,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError, naming the nearest sizes that fit, when the batch does not divide over data x fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises ValueError, naming the nearest sizes that fit, when the `accumulate` parts of a batch do not divide over data x fsdp."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size < 1 or batch_size % ways:
         below = batch_size // ways * ways
         nearest = f"{below} or {below + ways}" if below > 0 else f"{ways}"
+        parts = f" times run.accumulate={accumulate}" if accumulate > 1 else ""
         raise ValueError(
             f"run.batch_size={batch_size} does not divide over mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']} = {ways} devices; nearest: {nearest}"
+            f"mesh.fsdp={mesh.shape['fsdp']} = {ways // accumulate} devices{parts}; nearest: {nearest}"
         )
 
 

@@ -1,10 +1,12 @@
 """--mode=train: from a config to a trained run. One loop for every stage; it stops, resumes and ends here."""
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -15,14 +17,17 @@ from rise_jax.checkpoint import Checkpoints
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
+from rise_jax.flops import step_flops
 from rise_jax.language import states_in_batch
-from rise_jax.loop import run_steps
+from rise_jax.loop import batches_on, compile_step, run_steps
+from rise_jax.models.remat import check_remat
 from rise_jax.optim import make_optimizer
 from rise_jax.processes import first_then_others, from_first, is_first, meet
 from rise_jax.published import load_vae
 from rise_jax.report import peak_memory_gib, read_metrics, write_summary
 from rise_jax.sharding import check_batch, make_mesh, put, shardings
 from rise_jax.step import make_train_step, new_state
+from rise_jax.throughput import Work, device_memory_gib, peak_tflops
 from rise_jax.trees import partition, tree_sha256
 from rise_jax.validate import validate
 from rise_jax.workdir import check_workdir, lock_workdir
@@ -77,7 +82,8 @@ def find_start(init_from: str, preset: str) -> Path | None:
 
 def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     mesh = make_mesh(**config.mesh)
-    check_batch(config.run.batch_size, mesh)
+    check_batch(config.run.batch_size, mesh, config.run.accumulate)
+    check_remat(config.model.dit.get("remat", "none"), jax.local_devices()[0])
     source = open_source(**_source_settings(config))
     language = language_from(config.model)
     table, frozen, heard = _conditions(config, workdir, source, language, mesh)
@@ -106,9 +112,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             ema=config.optim.ema,
             time_mean=config.optim.time_mean,
             time_std=config.optim.time_std,
+            accumulate=config.run.accumulate,
         )
-        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
         batches = make_loader(
             source,
             batch_size=config.run.batch_size,
@@ -121,10 +126,35 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             quarantine_file=workdir / "quarantine.jsonl",
         )
         _announce(config, source, start, state, frozen)
-        code, state = run_steps(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta)
+        code = 0
+        if start < config.run.steps:
+            batches = batches_on(mesh, batches, table, start)
+            step_fn, batches, work = _ready(config, model, step_fn, state, frozen, batches)
+            code, state = run_steps(
+                config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, meta, work
+            )
     if code == 0:
         _finish(config, workdir, state)
     return code
+
+
+def _ready(config, model, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:
+    """(compiled step, batches, what a step does); the step's state lies after it as before it, in the same memory."""
+    first = next(batches)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
+    compiled = compile_step(step_fn, state, frozen, first, jax.random.key(config.run.seed))
+    samples, *size = first["video"].shape[:4]
+    cells = math.prod(model.latent_shape(tuple(size))[:3])
+    work = Work(
+        samples=samples,
+        frames=samples * size[0],
+        tokens=samples * cells // math.prod(model.patch),
+        flops=step_flops(model, state.params, frozen, first),
+        devices=jax.device_count(),
+        peak=peak_tflops(jax.devices()[0].device_kind),
+    )
+    return compiled, itertools.chain([first], batches), work
 
 
 def _source_settings(config: ConfigDict) -> dict:
@@ -183,7 +213,10 @@ def _announce(config, source, start, state, frozen) -> None:
 
 
 def _finish(config, workdir: Path, state) -> None:
-    hashes = {"params_sha256": tree_sha256(state.params), "ema_sha256": tree_sha256(state.ema)}  # of all processes' parts
+    hashes = {
+        "params_sha256": tree_sha256(state.params),
+        "ema_sha256": tree_sha256(state.ema),
+    }  # of all processes' parts
     if not is_first():
         return
     lines = read_metrics(workdir)
@@ -194,6 +227,7 @@ def _finish(config, workdir: Path, state) -> None:
         "seconds": math.fsum(line["step_seconds"] for line in lines),
         **hashes,
         "peak_memory_gib": peak_memory_gib(),
+        **device_memory_gib(),
     }
     write_summary(workdir, summary)
     print(

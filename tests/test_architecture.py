@@ -20,7 +20,19 @@ PYTHON = sorted(
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
     ("axes", "trees", "version"),
-    ("models.layers", "flow", "optim", "sharding", "checkpoint", "report", "text", "video", "sheets", "workdir"),
+    (
+        "models.layers",
+        "models.remat",
+        "flow",
+        "optim",
+        "sharding",
+        "checkpoint",
+        "report",
+        "text",
+        "video",
+        "sheets",
+        "workdir",
+    ),
     ("models", "data"),
     (
         "unipc",
@@ -43,7 +55,7 @@ LAYERS = (
         "data.open",
     ),
     ("metrics", "pixel_rules"),
-    ("build", "step", "runs", "validate", "exported"),
+    ("build", "step", "flops", "runs", "validate", "exported"),
     ("pipeline", "rise_jax"),
     ("loop",),
     ("train", "generate", "evaluate", "export"),
