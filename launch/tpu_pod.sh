@@ -2,7 +2,7 @@
 # One run on a Cloud TPU slice of any number of hosts (TPU VMs):
 #   launch/tpu_pod.sh create | setup | run FLAGS... | logs | stop | delete
 # What it needs is in the environment:
-#   TPU_NAME=rise ZONE=us-east5-a TYPE=v5litepod-64 VERSION=v2-alpha-tpuv5-lite WORKDIR=/mnt/rise/runs/stage1 [SPOT=--spot]
+#   TPU_NAME=rise ZONE=us-east5-a TYPE=v5litepod-64 VERSION=v2-alpha-tpuv5-lite WORKDIR=/mnt/rise/runs/stage1 [SPOT=1]
 # The workdir must be a folder that all hosts share: mount Filestore (NFS) or, with gcsfuse, a bucket with hierarchical namespace.
 # `run` also resumes: after a preemption, create, setup and run again with the same flags.
 set -euo pipefail
@@ -24,7 +24,7 @@ tpu_flags() {
 
 case "${1:-}" in
   create)
-    gcloud compute tpus tpu-vm create "$TPU_NAME" --zone="$ZONE" --accelerator-type="${TYPE:?}" --version="${VERSION:?}" ${SPOT:-}
+    gcloud compute tpus tpu-vm create "$TPU_NAME" --zone="$ZONE" --accelerator-type="${TYPE:?}" --version="${VERSION:?}" ${SPOT:+--spot}
     ;;
   setup)
     everywhere "test -d rise_jax || git clone '${REPOSITORY:?its address}' rise_jax
