@@ -19,7 +19,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from tiny import tiny_flags, write_llm
@@ -44,7 +43,11 @@ class Run:
 
     def start(self, number: int = 0, address: str = "", **kwargs) -> subprocess.Popen:
         """Process `number` of the run; its output goes to WORKDIR.NUMBER.log."""
-        several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self.processes), "JAX_PROCESS_ID": str(number)}
+        several = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(self.processes),
+            "JAX_PROCESS_ID": str(number),
+        }
         with self.log(number).open("a") as log:
             return subprocess.Popen(
                 [sys.executable, "main.py", *self.flags],
@@ -91,6 +94,7 @@ def environment(devices: int) -> dict[str, str]:
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     cache = os.path.join(tempfile.gettempdir(), f"rise_jax_test_cache_{os.getuid()}")
     return os.environ | {
+        "PYTHON": sys.executable,  # of launch/local.sh
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}",
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
@@ -135,8 +139,15 @@ class Lab:
         """A new run; its captions and states are those of `like`."""
         workdir = self.folder / name
         start = [f"--config.run.init_from={self.undisturbed(1).workdir if stage == 2 else ''}"]
-        sizes = dict(run__steps=STEPS, run__save_every=SAVE_EVERY, run__batch_size=BATCH, run__accumulate=2)
-        flags = [*tiny_flags(stage, self.llm, **sizes), *start, f"--heartbeat_seconds={HEARTBEAT}", f"--workdir={workdir}"]
+        sizes = dict(
+            run__steps=STEPS, run__save_every=SAVE_EVERY, run__batch_size=BATCH, run__accumulate=2, run__keep=9
+        )
+        flags = [
+            *tiny_flags(stage, self.llm, **sizes),
+            *start,
+            f"--heartbeat_seconds={HEARTBEAT}",
+            f"--workdir={workdir}",
+        ]
         workdir.mkdir()
         for file in ("captions.jsonl", "states.npz") if like else ():
             shutil.copy(like.workdir / file, workdir / file)

@@ -1,6 +1,8 @@
 """The launchers: shell that shellcheck finds nothing in, a JobSet that says what main.py needs; local.sh runs in test_survive.py."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,40 @@ def test_shell_is_sound(script):
 def test_local_needs_a_number():
     done = subprocess.run(["launch/local.sh", "two"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "usage: launch/local.sh N FLAGS" in done.stderr
+
+
+def local(tmp_path, body, count=2):
+    """local.sh with a stand-in for main.py's interpreter: the shell lines `body`, which see JAX_PROCESS_ID."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/usr/bin/env bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\n{body}\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(stand_in)}
+    command = ["launch/local.sh", str(count), "--config=x"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_local_tells_each_process_who_it_is(tmp_path):
+    process = local(tmp_path, 'echo "$* $JAX_NUM_PROCESSES $JAX_PROCESS_ID ${JAX_COORDINATOR_ADDRESS%:*}"', 3)
+    lines = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 0
+    assert sorted(lines) == [f"main.py --config=x 3 {number} 127.0.0.1" for number in range(3)]
+
+
+def test_local_ends_all_when_one_fails(tmp_path):
+    process = local(tmp_path, "((JAX_PROCESS_ID == 1)) && exit 3; exec sleep 100")
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_local_hands_signals_on_and_waits(number, tmp_path):
+    process = local(
+        tmp_path, "trap 'echo stopped; exit 75' TERM INT; echo ready; for i in {1..500}; do sleep 0.1; done"
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[0] == "stopped\n" * 2
+    assert process.returncode == 75
 
 
 def test_tpu_pod_says_how_it_is_used():
