@@ -32,7 +32,7 @@ def _of_equation(equation: core.JaxprEqn) -> int:
         outputs, *_ = params["dimension_numbers"].rhs_spec
         kernel = equation.invars[1].aval
         return 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[outputs]
-    inner = [_of(jaxpr) for jaxpr in _inner(params)]
+    inner = [_of(program) for program in inner_programs(equation)]
     if name == "while" and any(inner):
         raise ValueError("a while loop's operations cannot be counted: how often it runs is not known from the trace")
     if name == "cond":
@@ -40,8 +40,9 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
-def _inner(params: dict) -> Iterator[core.Jaxpr]:
-    """The programs within an equation: bodies, branches and called functions."""
-    for value in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, core.Jaxpr | core.ClosedJaxpr)):
-        if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+def inner_programs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The programs within an equation of a trace: bodies, branches and called functions."""
+    is_program = lambda value: isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+    for value in jax.tree.leaves(equation.params, is_leaf=is_program):
+        if is_program(value):
             yield getattr(value, "jaxpr", value)
