@@ -8,10 +8,10 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-MODES = ("train", "generate", "evaluate")
+MODES = ("train", "generate", "evaluate", "export")
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "configs/stage1.py[:PRESET] or configs/stage2.py[:PRESET]", lock_config=True
+    "config", None, "configs/stage0.py, stage1.py or stage2.py, each with [:PRESET]", lock_config=True
 )
 MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
 WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default: runs/STAGE-PRESET")
@@ -41,8 +41,10 @@ def _mode(name: str):
         from rise_jax.train import train as function
     elif name == "generate":
         from rise_jax.generate import generate as function
-    else:
+    elif name == "evaluate":
         from rise_jax.evaluate import evaluate as function
+    else:
+        from rise_jax.export import export as function
     return function
 
 

@@ -1,12 +1,17 @@
 """One row per named size or published model: what `--config=configs/stage1.py:NAME` selects. Every stage reads the same row.
 
 A row holds model sizes (keyword arguments of the modules, passed on as they are) and the values that belong to a size: clip size,
-batch, learning rate. `tiny` and `small` train everything but the LLM from scratch, on rendered scenes unless told otherwise. The
-`wan` rows adapt published weights: Wan2.1-T2V in diffusers' layout, and Qwen2.5-1.5B-Instruct, in folders of these names or where
-model.dit.path, model.vae.path and model.llm.path say.
+batch, learning rate. `tiny` and `small` train everything but the LLM from scratch, on rendered scenes unless told otherwise.
+`tiny_frozen` and `small_frozen` adapt the backbone of that size that stage 0 made and exported. The `wan` rows adapt published
+weights: Wan2.1-T2V in diffusers' layout, and Qwen2.5-1.5B-Instruct, in folders of these names or where model.dit.path,
+model.vae.path and model.llm.path say.
 """
 
 import difflib
+
+# What trains on a backbone that is there: the adapter in stage 1, and with it how the backbone hears and moves in stage 2.
+ADAPTER = dict(trainable=("^adapter/",), drop=0.0)  # dropped conditions would send the adapter no gradient
+MOTION = dict(trainable=("^adapter/", "cross_attn/(key|value)/", "/low_rank_"), drop=0.1)
 
 
 def _wan(size: str, **dit) -> dict:
@@ -26,7 +31,7 @@ def _wan(size: str, **dit) -> dict:
             ),
             vae=dict(path=folder),
             null="native",
-            native=dict(path=folder, length=512),
+            native=dict(path=folder, length=512, dtype="bfloat16"),
             dtype="bfloat16",
             prediction="velocity",
             shift=5.0,
@@ -35,17 +40,21 @@ def _wan(size: str, **dit) -> dict:
         optim=dict(kind="adamw", warmup=500, b2=0.999, ema=0.9999, time_std=1.0),
         sample=dict(steps=50, guidance=6.0, stepper="unipc", batch_size=1, height=480, width=832),
         frames=17,
-        stage1=dict(steps=20_000, batch_size=256, learning_rate=1e-4, decay=(0, 0), trainable=("^adapter/",), drop=0.0),
-        stage2=dict(
-            steps=20_000,
-            batch_size=64,
-            learning_rate=5e-5,
-            decay=(0, 0),
-            trainable=("^adapter/", "cross_attn/(key|value)/", "/low_rank_"),
-            drop=0.1,
-            low_rank=32,
-        ),
+        stage1=dict(steps=20_000, batch_size=256, learning_rate=1e-4, decay=(0, 0)) | ADAPTER,
+        stage2=dict(steps=20_000, batch_size=64, learning_rate=5e-5, decay=(0, 0), low_rank=32) | MOTION,
     )
+
+
+# Sizes that stage 0 makes backbones of, and where its DiT is not the row's: it reads prompts as they are, 64 tokens and 4 registers.
+BACKBONES = {"tiny": dict(text_len=68), "small": {}}
+
+
+def _frozen(name: str) -> dict:
+    """The row called `name` on what `--config=configs/stage0.py:NAME --mode=export` left."""
+    row, export = PRESETS[name], f"runs/stage0-{name}/export"
+    dit = row["model"]["dit"] | BACKBONES[name] | dict(path=export, low_rank=0)
+    model = row["model"] | dict(dit=dit, null=f"{export}/null.safetensors")
+    return row | dict(model=model, stage1=row["stage1"] | ADAPTER, stage2=row["stage2"] | MOTION | dict(low_rank=8))
 
 
 PRESETS = {
@@ -72,7 +81,7 @@ PRESETS = {
         sample=dict(height=24, width=24),
         frames=9,
         stage1=dict(steps=2000, batch_size=16, learning_rate=2e-3, decay=(1000, 2000)),
-        stage2=dict(steps=4000, batch_size=16, learning_rate=2e-3, decay=(2000, 4000)),
+        stage2=dict(steps=2600, batch_size=16, learning_rate=2e-3, decay=(2000, 2600)),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.
     "small": dict(
@@ -102,6 +111,7 @@ PRESETS = {
     "wan_1_3b": _wan("1.3B", width=1536, mlp_width=8960, heads=12, depth=30),
     "wan_14b": _wan("14B", width=5120, mlp_width=13824, heads=40, depth=40),
 }
+PRESETS |= {f"{name}_frozen": _frozen(name) for name in BACKBONES}
 
 
 def preset(name: str) -> dict:

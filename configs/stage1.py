@@ -39,11 +39,15 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         max_bad=0.01,  # fraction of unreadable clips that stops the run
     )
     config.model = dict(
+        condition="rephrase",  # rephrase | encode | rewrite_then_encode | native: Figure 1 (c), (a), (b), (a) of the paper
         llm={},
         adapter={},
         dit={},
         vae=dict(path="pixels"),  # or a Wan VAE: its folder, or its .safetensors file
-        native=dict(path="", length=512),  # a T5 or umT5 encoder: its folder, and the most tokens of a text
+        native=dict(
+            path="", length=512, dtype="bfloat16"
+        ),  # a T5 or umT5 encoder: its folder, and the most tokens of a text
+        calibrate="",  # a file of captions, one a line: the native encoder's mean and spread over them start the adapter's output
         null="learned",  # the condition of "no prompt": learned, native (the encoder's own), or a .safetensors file
         dtype="",  # of matrix products; what trains, norms and softmax stay float32
         trainable=(".",),  # path patterns (re.search); the rest is frozen
@@ -77,6 +81,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         batch_size=32,  # videos at a time
         count=96,  # held-out prompts of --mode=evaluate
         temperature=0.0,  # of the rephrasing; 0 = greedy
+        beside="",  # workdirs of other runs, several joined by ||: --mode=generate gives them the same prompts and seeds
     )
     for group in ("model", "data", "optim", "sample"):
         config[group].update(row[group])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from rise_jax.condition_kinds import CONDITIONS, Condition, open_text
 from rise_jax.models.adapter import calibrate, make_adapter
 from rise_jax.models.dit import DiT, fit_context
 from rise_jax.models.vae import Pixels
@@ -57,6 +58,12 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
     return graph, nnx.to_pure_dict(params), init
 
 
+def language_from(model: ConfigDict, rules: str | None = None) -> Condition:
+    """What conditions the video, by a config's `model` group; `rules` stand in for the text of the instruction."""
+    settings = model[CONDITIONS[model.condition].group]
+    return open_text(model.condition, **settings, **({} if rules is None else {"rules": rules}))
+
+
 def model_from(model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | WanVAE | None = None) -> Model:
     """The model that a config's `model` group describes, for an LLM of width `d_llm`.
 
@@ -88,7 +95,7 @@ def model_from(model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | Wa
         return tree if learned else tree | {"null": {"embedding": jnp.zeros(shape)}}
 
     def context(params, states, mask, t):
-        tokens, _ = nnx.merge(adapter_graph, params["adapter"])(states, mask, t)
+        tokens, _ = nnx.merge(adapter_graph, params.get("adapter", {}))(states, mask, t)
         return fit_context(tokens.astype(jnp.float32), text_len)
 
     def null(params):
@@ -103,7 +110,7 @@ def model_from(model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | Wa
     return Model(
         abstract=abstract,
         init=init,
-        calibrate=lambda params, states, mask: params | {"adapter": calibrate(params["adapter"], states, mask)},
+        calibrate=lambda params, states, mask: params | {"adapter": calibrate(params.get("adapter", {}), states, mask)},
         context=context,
         null=null,
         kv=lambda params, tokens: nnx.merge(dit_graph, params["dit"]).kv(tokens),

@@ -9,19 +9,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from rise_jax.condition_kinds import Condition
 from rise_jax.data.sources import Text
-from rise_jax.language import Language, Pair
+from rise_jax.language import Pair, differing
 from rise_jax.video import write_file
 
 LOG = logging.getLogger(__name__)
 
 
-def complete(texts: list[Text], language: Language, file: Path) -> list[Pair]:
+def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
     """Texts as pairs, every missing rephrasing written by the LLM; kept in `file` (JSON lines), read from it the next time.
 
-    Raises ValueError when `file` was written by another LLM or instruction, or when the LLM wrote nothing for a prompt.
+    Where the condition needs none, none is written. Raises ValueError when `file` was written by another LLM or instruction, or when
+    the LLM wrote nothing for a prompt.
     """
-    missing = sorted({text.prompt for text in texts if text.rephrased is None})
+    unwritten = lambda text: language.writes and text.rephrased is None
+    missing = sorted({text.prompt for text in texts if unwritten(text)})
     known = _read_written(file, language) if missing else {}
     new = [prompt for prompt in missing if prompt not in known]
     if new:
@@ -30,13 +33,12 @@ def complete(texts: list[Text], language: Language, file: Path) -> list[Pair]:
         lines = [_head(language), *({"prompt": prompt, **known[prompt]} for prompt in sorted(known))]
         write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return [
-        language.pair(text) if text.rephrased is not None else Pair(text.prompt, known[text.prompt]["tokens"])
-        for text in texts
+        Pair(text.prompt, known[text.prompt]["tokens"]) if unwritten(text) else language.pair(text) for text in texts
     ]
 
 
-def cached_states(pairs: list[Pair], language: Language, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Teacher-forced states float32 [n, R, d_llm] and mask bool [n, R], from `file` or written to it.
+def cached_states(pairs: list[Pair], language: Condition, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Training's states float32 [n, L, d_llm] and mask bool [n, L], from `file` or written to it.
 
     The file carries the fingerprint of everything it depends on; raises ValueError when that has changed since.
     """
@@ -44,27 +46,29 @@ def cached_states(pairs: list[Pair], language: Language, file: Path) -> tuple[np
     if file.exists():
         with np.load(file) as saved:
             if str(saved["fingerprint"]) != fingerprint:
+                names = differing(json.loads(str(saved["llm"])), language.identity) if "llm" in saved else []
                 raise ValueError(
-                    f"{file} holds states of other texts, another LLM or another instruction (fingerprint "
-                    f"{str(saved['fingerprint'])[:12]}, now {fingerprint[:12]}): remove it, or use another --workdir"
+                    f"{file} holds states of other texts, another LLM, instruction or condition (fingerprint "
+                    f"{str(saved['fingerprint'])[:12]}, now {fingerprint[:12]}{_named(names)}): "
+                    "remove it, or use another --workdir"
                 )
             return saved["states"], saved["mask"]
     states, mask = language.teach(
         pairs, progress=lambda steps: tqdm(steps, desc="LLM states", unit="batch", disable=None)
     )
     content = io.BytesIO()
-    np.savez(content, states=states, mask=mask, fingerprint=fingerprint)
+    np.savez(content, states=states, mask=mask, fingerprint=fingerprint, llm=json.dumps(language.identity))
     write_file(file, content.getvalue())
     return states, mask
 
 
-def fingerprint_of(pairs: list[Pair], language: Language) -> str:
-    """SHA-256 over the LLM, its dtype, the layer, the instruction, the token budget and all texts."""
-    content = json.dumps([language.identity, language.max_new, pairs], sort_keys=True)
+def fingerprint_of(pairs: list[Pair], language: Condition) -> str:
+    """SHA-256 over the LLM, its dtype, the layer, the instruction, the condition, the token budget and all texts."""
+    content = json.dumps([language.identity, language.length, pairs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _write(prompts: list[str], language: Language) -> dict[str, dict]:
+def _write(prompts: list[str], language: Condition) -> dict[str, dict]:
     written = language.rephrase(
         prompts, progress=lambda steps: tqdm(steps, desc="LLM captions", unit="batch", disable=None)
     )
@@ -79,14 +83,22 @@ def _write(prompts: list[str], language: Language) -> dict[str, dict]:
     }
 
 
-def _head(language: Language) -> dict:
-    return {"llm": language.identity, "max_new": language.max_new}
+def _head(language: Condition) -> dict:
+    return {"llm": language.identity, "max_new": language.length}
 
 
-def _read_written(file: Path, language: Language) -> dict[str, dict]:
+def _read_written(file: Path, language: Condition) -> dict[str, dict]:
     if not file.exists():
         return {}
     head, *lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
     if head != _head(language):
-        raise ValueError(f"{file} was written by another LLM or instruction: remove it, or use another --workdir")
+        names = differing(head["llm"], language.identity)
+        raise ValueError(
+            f"{file} was written by another LLM or instruction, for another condition or length{_named(names)}: "
+            "remove it, or use another --workdir"
+        )
     return {line.pop("prompt"): line for line in lines}
+
+
+def _named(names: list[str]) -> str:
+    return f"; {', '.join(names)} differ" if names else ""

@@ -1,7 +1,7 @@
 """--mode=evaluate: how well a run does on held-out prompts, as evaluation.json and a picture.
 
-Videos are made as a user makes them: from the short prompt, with the LLM's own rephrasing. They are scored against the prompt, never
-against the rephrasing. The held-out loss is teacher-forced, at fixed times and fixed noise.
+Videos are made as a user makes them: from the short prompt, with the LLM's own rephrasing, where the run's condition has one. They are
+scored against the prompt, never against the rephrasing. The held-out loss is teacher-forced, at fixed times and fixed noise.
 """
 
 from functools import partial
@@ -16,14 +16,16 @@ from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
 from rise_jax.pipeline import Pipeline
+from rise_jax.sheets import contact_sheet
 from rise_jax.step import make_eval_step
 from rise_jax.validate import validate
-from rise_jax.video import contact_sheet, write_png
+from rise_jax.video import write_png
 from rise_jax.workdir import write_json
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)
 PICTURED = 12  # videos in the picture
 UNHEARD = 32  # prompts whose videos are also made from zeroed states, the first ones
+_BESIDE = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "kept by the rephrasing"}
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> int:
@@ -38,6 +40,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
     heard = pipe.language.rephrase(prompts, temperature=config.sample.temperature, seeds=seeds)
     videos = pipe.render(heard, seeds, **settings)
     result = {
+        "condition": pipe.language.condition,
         "prompts": len(prompts),
         "seeds": [seeds[0], seeds[-1]],
         "sample": settings | {"temperature": config.sample.temperature},
@@ -60,13 +63,13 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
 def scene_scores(videos, unheard, rephrased, scenes) -> dict:
     """Shares of right attributes: of the videos, against their neighbours' prompts (shuffled), without states, of the rephrasings.
 
-    videos: B clips uint8 [T, H, W, 3]; unheard: the first of them made without states; rephrased: B texts; scenes: what the
-    B prompts asked for.
+    videos: B clips uint8 [T, H, W, 3]; unheard: the first of them made without states; rephrased: B texts, or None where nothing
+    is rephrased; scenes: what the B prompts asked for.
     """
     scores = [metrics.score(video, scene) for video, scene in zip(videos, scenes)]
     shuffled = [metrics.score(video, scene) for video, scene in zip(videos, np.roll(np.array(scenes, object), 1))]
     zeroed = [metrics.score(video, scene) for video, scene in zip(unheard, scenes)]
-    kept = [metrics.kept(text, scene) for text, scene in zip(rephrased, scenes)]
+    kept = [metrics.kept(text, scene) for text, scene in zip(rephrased, scenes) if text is not None]
     two = [len(scene.things) == 2 for scene in scenes]
     return {
         "attribute_accuracy": shares(scores),
@@ -75,22 +78,26 @@ def scene_scores(videos, unheard, rephrased, scenes) -> dict:
         "two_things": shares([score for score, pair in zip(scores, two) if pair]),
         "shuffled": shares(shuffled),
         "zeroed": shares(zeroed),
-        "kept_by_rephrasing": shares(kept),
+        **_kept(kept),
         "by_language": by_language(scores, kept, [scene.language for scene in scenes]),
     }
 
 
 def by_language(scores: list[dict[str, bool]], kept: list[dict[str, bool]], languages: list[str]) -> dict[str, dict]:
-    """{language: number of prompts, and shares of right attributes of their videos and of their rephrasings}."""
+    """{language: number of prompts, and shares of right attributes of their videos and of their rephrasings, where there are any}."""
     rows = {language: np.flatnonzero(np.array(languages) == language) for language in sorted({*languages})}
     return {
         language: {
             "prompts": len(chosen),
             "attribute_accuracy": shares([scores[i] for i in chosen]),
-            "kept_by_rephrasing": shares([kept[i] for i in chosen]),
+            **_kept([kept[i] for i in chosen if kept]),
         }
         for language, chosen in rows.items()
     }
+
+
+def _kept(scores: list[dict[str, bool]]) -> dict:
+    return {"kept_by_rephrasing": shares(scores)} if scores else {}
 
 
 def shares(scores: list[dict[str, bool]]) -> dict[str, float]:
@@ -143,12 +150,12 @@ def _print(result: dict, workdir: Path) -> None:
     if "attribute_accuracy" in result:
         for name, share in result["attribute_accuracy"].items():
             low, high, n = result["intervals"][name]
-            names = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "kept by the rephrasing"}
-            others = ", ".join(f"{title} {result[key][name]:.2f}" for key, title in names.items())
+            others = ", ".join(f"{title} {result[key][name]:.2f}" for key, title in _BESIDE.items() if key in result)
             print(f"{name:>11}: {share:.3f}  [{low:.2f}, {high:.2f}] of {n} prompts; {others}")
         for language, part in result["by_language"].items():
-            right, kept = part["attribute_accuracy"]["all"], part["kept_by_rephrasing"]["all"]
-            print(f"{language:>11}: all {right:.3f} of {part['prompts']} prompts; kept by the rephrasing {kept:.2f}")
+            kept = part.get("kept_by_rephrasing")
+            said = f"; {_BESIDE['kept_by_rephrasing']} {kept['all']:.2f}" if kept else ""
+            print(f"{language:>11}: all {part['attribute_accuracy']['all']:.3f} of {part['prompts']} prompts{said}")
     losses = result["heldout_loss"]
     print("held-out loss: " + ", ".join(f"t={t}: {loss:.4f}" for t, loss in zip(losses["times"], losses["true"])))
     first, last = result["seeds"]

@@ -1,24 +1,58 @@
-"""--mode=generate: prompts -> mp4 (PNG for one frame), the rephrased texts with their seeds, and one contact sheet."""
+"""--mode=generate: prompts -> mp4 (PNG for one frame), the rephrased texts with their seeds, and one sheet, of one run or several."""
 
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from rise_jax.pipeline import Pipeline
+from rise_jax import runs
+from rise_jax.pipeline import Output, Pipeline
+from rise_jax.sheets import comparison_sheet, contact_sheet
 from rise_jax.validate import validate
-from rise_jax.video import contact_sheet, write_file, write_png, write_video
+from rise_jax.video import write_file, write_png, write_video
+
+
+class Made(NamedTuple):
+    """What one run made of the prompts. `folder`: where its files go below the samples, "" for the workdir's own run."""
+
+    name: str
+    folder: str
+    condition: str
+    output: Output
+
+    @property
+    def title(self) -> str:
+        return f"{self.condition}: {self.name}"
 
 
 def generate(config: ConfigDict, workdir: Path) -> int:
-    """Writes into WORKDIR/samples: NNN.mp4 or NNN.png per prompt, samples.jsonl, contact_sheet.png. The model is the workdir's run."""
+    """Writes into WORKDIR/samples: NNN.mp4 or NNN.png per prompt, samples.jsonl, contact_sheet.png. The model is the workdir's run.
+
+    Every run of `sample.beside` makes the same prompts with the same seeds, kept in N-NAME/ there; contact_sheet.png then has a
+    column per run. Nothing is written before all is made.
+    """
     validate(config)
     prompts = read_prompts(config.sample.prompts)
+    workdirs = read_workdirs(config.sample.beside, workdir)
+    made = [_make(config, prompts, folder, number) for number, folder in enumerate(workdirs)]
+    samples = workdir / "samples"
+    records = [record for run in made for record in _write(run, samples, prompts, config.data.fps)]
+    write_file(
+        samples / "samples.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    )
+    write_png(samples / "contact_sheet.png", _sheet(made, prompts))
+    print(f"{len(records)} samples and contact_sheet.png are in {samples}")
+    return 0
+
+
+def _make(config: ConfigDict, prompts: list[str], workdir: Path, number: int) -> Made:
     pipe = Pipeline.from_run(workdir)
     sample = config.sample
     pipe.config.sample.batch_size = sample.batch_size
-    out = pipe(
+    output = pipe(
         prompts,
         seed=sample.seed,
         steps=sample.steps,
@@ -29,22 +63,31 @@ def generate(config: ConfigDict, workdir: Path) -> int:
         width=sample.width,
         temperature=sample.temperature,
     )
-    folder = workdir / "samples"
+    name = workdir.resolve().name
+    return Made(name, f"{number}-{name}" if number else "", pipe.language.condition, output)
+
+
+def _write(made: Made, samples: Path, prompts: list[str], fps: float) -> list[dict]:
     records = []
-    for i, (prompt, rephrased, seed, video) in enumerate(zip(prompts, out.rephrased, out.seeds, out.videos)):
-        name = f"{i:03d}.png" if len(video) == 1 else f"{i:03d}.mp4"
+    rows = zip(prompts, made.output.rephrased, made.output.seeds, made.output.videos)
+    for i, (prompt, rephrased, seed, video) in enumerate(rows):
+        name = os.path.join(made.folder, f"{i:03d}.{'png' if len(video) == 1 else 'mp4'}")
         if len(video) == 1:
-            write_png(folder / name, video[0])
+            write_png(samples / name, video[0])
         else:
-            write_video(folder / name, video, config.data.fps)
-        records.append({"file_name": name, "prompt": prompt, "rephrased": rephrased, "seed": seed})
-        print(f"{folder / name}  seed {seed}\n  prompt:    {prompt}\n  rephrased: {rephrased}", flush=True)
-    write_file(
-        folder / "samples.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    )
-    write_png(folder / "contact_sheet.png", contact_sheet(out.videos, prompts, out.rephrased))
-    print(f"{len(prompts)} samples and contact_sheet.png are in {folder}")
-    return 0
+            write_video(samples / name, video, fps)
+        texts = {"condition": made.condition, "prompt": prompt, "rephrased": rephrased}
+        records.append({"file_name": name, "run": made.name, **texts, "seed": seed})
+        said = "" if rephrased is None else f"\n  rephrased: {rephrased}"
+        print(f"{samples / name}  seed {seed}, {made.title}\n  prompt:    {prompt}{said}", flush=True)
+    return records
+
+
+def _sheet(made: list[Made], prompts: list[str]) -> np.ndarray:
+    videos, rephrased = [run.output.videos for run in made], [run.output.rephrased for run in made]
+    if len(made) == 1:
+        return contact_sheet(videos[0], prompts, rephrased[0])
+    return comparison_sheet(videos, [run.title for run in made], prompts, rephrased)
 
 
 def read_prompts(prompts: str) -> list[str]:
@@ -61,3 +104,20 @@ def read_prompts(prompts: str) -> list[str]:
         if not prompt:
             raise ValueError(f"prompt {number} of {len(found)} is empty: {prompts!r}")
     return found
+
+
+def read_workdirs(beside: str, workdir: Path) -> list[Path]:
+    """`workdir` and the folders of `sample.beside`, several joined by '||', none for ''.
+
+    Raises FileNotFoundError for a folder without a checkpoint of a run, ValueError for an empty name or one named twice.
+    """
+    parts = [part.strip() for part in beside.split("||")] if beside.strip() else []
+    if "" in parts:
+        raise ValueError(f"workdir {parts.index('') + 1} of {len(parts)} in sample.beside is empty: {beside!r}")
+    folders = [workdir, *map(Path, parts)]
+    places = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if places[number] in places[:number]:
+            raise ValueError(f"sample.beside={beside!r} names {folder} twice, or names the --workdir: name other runs")
+        runs.check_run(folder)
+    return folders

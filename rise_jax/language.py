@@ -26,16 +26,19 @@ WIDTHS = 8  # padded lengths are multiples of this: few shapes to compile, littl
 
 
 class Rephrasings(NamedTuple):
-    """Of n prompts: states float32 [n, R, d_llm], mask bool [n, R], token ids without the end token, and the texts they spell."""
+    """What conditions n videos: states float32 [n, L, d_llm], mask bool [n, L], the ids of the tokens that the states belong to
+    (no end token), and the texts that were written; None where the prompt itself is what conditions."""
 
     states: np.ndarray
     mask: np.ndarray
     tokens: list[list[int]]
-    texts: list[str]
+    texts: list[str | None]
 
 
 class Pair(NamedTuple):
     """A prompt and the token ids of its rephrasing: those of a given text, or the very ids that the LLM wrote.
+
+    Where nothing is rephrased, they are the prompt's own.
 
     Ids, because encoding a decoded text again may give other ones, and with them other states than in use.
     """
@@ -45,18 +48,38 @@ class Pair(NamedTuple):
 
 
 class Language:
-    """A frozen LLM with its instruction. `max_prompt` and `max_new` are the token budgets of a prompt and of its rephrasing."""
+    """A frozen LLM with its instruction. `max_prompt` and `max_new` are the token budgets of a prompt and of its rephrasing.
 
-    def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int, layer: int = -1):
-        """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own.
+    It is the `condition_kinds.Condition` called rephrase.
+    """
+
+    condition = "rephrase"
+    writes = True
+    group, budget = "llm", "max_new"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        instruction: str,
+        dtype: str,
+        max_prompt: int,
+        max_new: int,
+        layer: int = -1,
+        rules: str | None = None,
+    ):
+        """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own; `rules` stand in for its text.
 
         `layer` says whose states condition the video, counted as in `LLMConfig.layer_index`; ValueError for one that is not there.
         """
         loaded = load_llm(path, jnp.dtype(dtype))
-        rules = INSTRUCTIONS / f"{instruction}.txt"
-        rules = rules if rules.is_file() else Path(instruction)
-        self.prompter = Prompter(loaded.tokenizer, Instruction.read(rules), max_prompt)
-        self.max_new, self.width = max_new, loaded.config.width
+        file = INSTRUCTIONS / f"{instruction}.txt"
+        file = file if file.is_file() else Path(instruction)
+        spoken = Instruction.read(file) if rules is None else Instruction.parse(rules, instruction)
+        self.rules = file.read_bytes().decode() if rules is None else rules  # line ends as they are: they are hashed
+        self.prompter = Prompter(loaded.tokenizer, spoken, max_prompt)
+        self.max_new = self.length = max_new
+        self.width = loaded.config.width
         self.layer = loaded.config.layer_index(layer)
         self.llm, _ = make_llm(loaded.config, jnp.dtype(dtype))
         self.params = jax.device_put(loaded.params)
@@ -64,7 +87,7 @@ class Language:
         self.identity = {
             "sha256": loaded.identity["sha256"],
             "dtype": dtype,
-            "instruction": hashlib.sha256(rules.read_bytes()).hexdigest(),
+            "instruction": hashlib.sha256(self.rules.encode()).hexdigest(),
             "align": "predictor",
         }
         if self.layer != loaded.config.depth:  # absent = the final states, as in runs from before there was a choice
@@ -105,13 +128,13 @@ class Language:
         """Teacher-forced states float32 [n, max_new, d_llm] and mask bool [n, max_new]."""
         table = self.tokens(pairs)
         prompt_lengths, lengths = table["prompt_mask"].sum(1), table["states_mask"].sum(1)
-        order = np.lexsort((lengths, _rounded(prompt_lengths)))
+        order = np.lexsort((lengths, rounded(prompt_lengths)))
         states = np.zeros((len(pairs), self.max_new, self.width), np.float32)
         for start in progress(range(0, len(pairs), BATCH)):
             rows = order[start : start + BATCH]
             padded = np.resize(rows, BATCH)
-            p = min(_rounded(prompt_lengths[rows].max()), self.prompter.width)
-            r = min(_rounded(lengths[rows].max()), self.max_new)
+            p = min(rounded(prompt_lengths[rows].max()), self.prompter.width)
+            r = min(rounded(lengths[rows].max()), self.max_new)
             batch = (
                 table["prompt_ids"][padded, -p:],
                 table["prompt_mask"][padded, -p:],
@@ -130,7 +153,7 @@ class Language:
         """
         ids = [self.prompter.prompt_ids(prompt) for prompt in prompts]
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds if seeds is not None else np.zeros(len(ids)), jnp.uint32))
-        p = min(_rounded(max(map(len, ids))), self.prompter.width)
+        p = min(rounded(max(map(len, ids))), self.prompter.width)
         parts = []
         for start in progress(range(0, len(ids), BATCH)):
             rows = np.arange(start, min(start + BATCH, len(ids)))
@@ -178,5 +201,11 @@ def states_in_batch(frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
     return batch["states"], batch["states_mask"]
 
 
-def _rounded(length):
+def differing(theirs: dict, ours: dict) -> list[str]:
+    """The names in which two identities differ, in order."""
+    return [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
+
+
+def rounded(length):
+    """Up to a multiple of WIDTHS; int or array."""
     return -(-length // WIDTHS) * WIDTHS

@@ -1,6 +1,6 @@
 """Prompt -> video in Python: what --mode=generate and --mode=evaluate call.
 
-pipe = Pipeline.from_run("runs/stage2-tiny")
+pipe = Pipeline.from_run("runs/stage2-tiny")  # or Pipeline.from_export(FOLDER)
 out = pipe(["a cat running"], seed=0)        # out.videos uint8 [B, T, H, W, 3], out.rephrased list of texts
 """
 
@@ -15,25 +15,28 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import flow, runs, sampler
-from rise_jax.build import Model
-from rise_jax.language import Language, Rephrasings
+from rise_jax.build import Model, language_from
+from rise_jax.condition_kinds import Condition
+from rise_jax.exported import read_export
+from rise_jax.language import Rephrasings
 from rise_jax.published import load_vae, open_vae
 from rise_jax.validate import check_clip
 from rise_jax.video import to_uint8
 
 
 class Output(NamedTuple):
-    """videos uint8 [B, T, H, W, 3]; the rephrasing that conditioned each; the seed that makes each again, alone or in any batch."""
+    """videos uint8 [B, T, H, W, 3]; the rephrasing that conditioned each (None where the prompt itself did); the seed that makes
+    each again, alone or in any batch."""
 
     videos: np.ndarray
-    rephrased: list[str]
+    rephrased: list[str | None]
     seeds: list[int]
 
 
 class Pipeline:
     """A trained run, ready to make videos. `sample` holds the defaults of steps, guidance, stepper and size."""
 
-    def __init__(self, model: Model, params: dict, vae: dict, language: Language, config: ConfigDict):
+    def __init__(self, model: Model, params: dict, vae: dict, language: Condition, config: ConfigDict):
         """`params` are the model's parameters, `vae` those of its VAE."""
         self.model, self.language, self.config = model, language, config
         self.params, self.vae = jax.device_put(params), jax.device_put(vae)
@@ -42,17 +45,16 @@ class Pipeline:
     @classmethod
     def from_run(cls, workdir: str | Path) -> "Pipeline":
         """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none."""
-        config = ConfigDict(runs.read_config(Path(workdir)))
-        language = Language(**config.model.llm)
-        run = runs.read_run(Path(workdir), language.width)
-        if run.meta["llm"] != language.identity:
-            raise ValueError(
-                f"{workdir} was trained on another LLM or instruction: {run.meta['llm']} then, {language.identity} now"
-            )
-        vae, identity = load_vae(config.model.vae.path)
-        if run.meta["vae"] != identity:
-            raise ValueError(f"{workdir} was trained on another VAE: {run.meta['vae']} then, {identity} now")
-        return cls(run.model, run.params, vae, language, config)
+        run, language, vae = open_run(Path(workdir))
+        return cls(run.model, run.params, vae, language, run.config)
+
+    @classmethod
+    def from_export(cls, folder: str | Path, llm: str | Path | None = None) -> "Pipeline":
+        """What --mode=export wrote: the same videos as from the run itself. `llm` is the LLM's path, where it lies elsewhere.
+
+        Raises FileNotFoundError naming missing files, ValueError where LLM, adapter, DiT and VAE do not belong together.
+        """
+        return cls(*read_export(Path(folder), llm and str(llm)))
 
     def __call__(
         self,
@@ -128,6 +130,17 @@ class Pipeline:
             )
             videos.append(np.asarray(video)[: len(rows)])
         return np.concatenate(videos)
+
+
+def open_run(workdir: Path) -> tuple[runs.Run, Condition, dict]:
+    """(run, its LLM, its VAE's parameters). FileNotFoundError where there is no run, ValueError when LLM or VAE are others now."""
+    config = ConfigDict(runs.read_config(workdir))
+    language = language_from(config.model)
+    run = runs.read_run(workdir, language.width)
+    runs.check_heard(str(workdir), run.meta["llm"], language.identity)
+    vae, identity = load_vae(config.model.vae.path)
+    runs.check_vae(str(workdir), run.meta["vae"], identity)
+    return run, language, vae
 
 
 def make_videos(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):

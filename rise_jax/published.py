@@ -25,6 +25,7 @@ from rise_jax.weights_wan_vae import load_wan_vae, open_wan_vae
 
 PIXELS = "pixels"
 LEARNED, NATIVE = "learned", "native"  # values of model.null beside a file's path
+CAPTIONS = 32  # encoded at a time
 RUNTIME = ("path", "unroll", "remat", "low_rank", "text_len")  # of model.dit: no sizes of the published weights
 
 
@@ -97,8 +98,10 @@ def load_null(model: ConfigDict) -> tuple[np.ndarray, str]:
     """
     width = model.adapter.d_ctx
     if model.null == NATIVE:
-        value, source = encode_native(model.native.path, [""], 1)
-        return _checked_null(model.native.path, {"null": value}, width), f"encoder {source}"
+        loaded, encode = _native_encoder(model.native)
+        value = np.asarray(encode(loaded.params, *text_ids(loaded.tokenizer, [""], 1)), np.float32)
+        origin = f"encoder {loaded.source.sha256()}"
+        return _checked_null(model.native.path, {"null": value}, width), origin
     if not Path(model.null).is_file():
         raise FileNotFoundError(
             f"model.null={model.null!r} is no file: give {LEARNED}, {NATIVE} or a .safetensors with a tensor `null`"
@@ -107,16 +110,36 @@ def load_null(model: ConfigDict) -> tuple[np.ndarray, str]:
     return value, f"file {hashlib.sha256(Path(model.null).read_bytes()).hexdigest()}"
 
 
-def encode_native(path: str, texts: list[str], length: int) -> tuple[np.ndarray, str]:
-    """(states float32 [n, length, width], zero behind each text's end token; SHA-256 of the weights) of a T5 or umT5 encoder.
+def native_statistics(model: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard deviation), each [width], of the native encoder's states over all tokens of the captions in `model.calibrate`.
 
-    The encoder is loaded for this call alone.
+    FileNotFoundError for a missing file; ValueError for an empty one, or a caption longer than `model.native.length`.
     """
-    loaded = load_t5(path, jnp.bfloat16)
-    ids, mask = text_ids(loaded.tokenizer, texts, length)
-    make, _ = make_t5(loaded.config, jnp.bfloat16)
-    states = jax.jit(lambda params, ids, mask: make(params)(ids, mask))(loaded.params, ids, mask)
-    return np.asarray(states, np.float32) * mask[..., None], loaded.source.sha256()
+    path = Path(model.calibrate)
+    if not path.is_file():
+        raise FileNotFoundError(f"model.calibrate={model.calibrate!r} is no file: give one with a caption a line")
+    captions = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not captions:
+        raise ValueError(f"model.calibrate={model.calibrate} holds no caption: write one a line")
+    loaded, encode = _native_encoder(model.native)
+    ids, mask = text_ids(loaded.tokenizer, captions, model.native.length)
+    total = square = 0.0
+    for start in range(0, len(captions), CAPTIONS):
+        rows = np.resize(np.arange(start, min(start + CAPTIONS, len(captions))), CAPTIONS)
+        keep = mask[rows] & (np.arange(CAPTIONS) < len(captions) - start)[:, None]
+        states = np.asarray(encode(loaded.params, ids[rows], mask[rows]), np.float64)[keep]
+        total, square = total + states.sum(0), square + (states**2).sum(0)
+    mean = total / mask.sum()
+    return mean.astype(np.float32), np.sqrt(np.maximum(square / mask.sum() - mean**2, 0)).astype(np.float32)
+
+
+def _native_encoder(native: ConfigDict):
+    """(the encoder, its parameters on the host, jitted (params, ids, mask) -> states); loaded for this call alone."""
+    dtype = jnp.dtype(native.dtype)
+    loaded = load_t5(native.path, dtype)
+    make, _ = make_t5(loaded.config, dtype)
+    loaded = loaded._replace(params=jax.tree.map(np.asarray, loaded.params))
+    return loaded, jax.jit(lambda params, ids, mask: make(params)(ids, mask))
 
 
 def _checked_null(path: str, tensors: dict, width: int) -> np.ndarray:

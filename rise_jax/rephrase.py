@@ -3,6 +3,8 @@
 One index convention (`predictor`): with H[p] the final-normed state after reading token p, the state of rephrased token y_i is the
 one that emits it, H[P - 1 + i], for P tokens of instruction and prompt. Both paths leave out the state of the end token.
 `layer` takes the states of another layer after the same tokens (`LLMConfig.layer_index`).
+
+`encoded` is what the method is compared with: a text read by itself, the states *after* each of its tokens.
 `llm` is a function from parameters to the model (`models.llm.make_llm`); all functions are pure, with static shapes.
 """
 
@@ -52,6 +54,28 @@ def teacher_forced(
     mask = jnp.concatenate([prompt_mask, rephrased_mask[:, :-1]], axis=1)
     states, _ = llm(params)(ids, mask, _positions(prefix, mask), (prefix,), keep=(layer,))
     return jnp.where(rephrased_mask[..., None], states[0, :, prompt_ids.shape[1] - 1 :], 0)
+
+
+@typed
+def encoded(
+    llm: Callable,
+    params: PyTree,
+    ids: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    *,
+    leading: Sequence[int] = (),
+    layer: int = -1,
+) -> Float[Array, "B L D"]:
+    """States H[p] after each token of texts that are read by themselves, behind `leading` ids (BOS) only; zero where `mask` is False.
+
+    Texts are padded on the right.
+    """
+    start = jnp.broadcast_to(jnp.asarray(leading, jnp.int32), (len(ids), len(leading)))
+    ids = jnp.concatenate([start, ids], axis=1)
+    read = jnp.pad(mask, ((0, 0), (len(leading), 0)), constant_values=True)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    states, _ = llm(params)(ids, read, positions, keep=(layer,))
+    return jnp.where(mask[..., None], states[0, :, len(leading) :], 0)
 
 
 @typed

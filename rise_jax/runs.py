@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from rise_jax import published
 from rise_jax.build import Model, model_from
 from rise_jax.checkpoint import Checkpoints
-from rise_jax.language import states_in_batch
+from rise_jax.language import differing, states_in_batch
+from rise_jax.models.adapter import calibrate_output
 from rise_jax.optim import make_optimizer
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
@@ -48,6 +49,16 @@ def read_config(workdir: Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {file.name} in it")
     return json.loads(file.read_text())
+
+
+def check_run(workdir: Path) -> None:
+    """Raises FileNotFoundError for a folder that holds no run, or none with a checkpoint."""
+    read_config(workdir)
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    if not steps:
+        raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
 
 
 def read_run(workdir: Path, d_llm: int) -> Run:
@@ -121,7 +132,8 @@ def initial_parameters(
 ) -> Parameters:
     """Every leaf from the first that has it: the run `source`, the config's published files, random initialisation.
 
-    A random adapter is calibrated on `heard` (states, mask) of some texts. Raises ValueError when the run heard another LLM or
+    A random adapter is calibrated on `heard` (states, mask) of some texts, and its output on the native encoder's states of the
+    captions in `model.calibrate`. Raises ValueError when the run heard another LLM or
     instruction, or when its leaves are not those of this model (low-rank corrections may be new).
     """
     names = named_leaves(model.abstract)
@@ -139,18 +151,18 @@ def initial_parameters(
         made = jax.jit(chosen, out_shardings={name: targets[name] for name in new})(jax.random.key(config.run.seed))
         leaves, origins = leaves | made, origins | dict.fromkeys(new, RANDOM)
     tree = nested({name: leaves[name] for name in names})
-    if not source:
+    if not source and "adapter" in tree:
         part = {"adapter": tree["adapter"]}
         tree |= jax.jit(model.calibrate, out_shardings=place(part))(part, *heard)
+        if config.model.calibrate:
+            adapter = calibrate_output(tree["adapter"], *published.native_statistics(config.model))
+            tree["adapter"] = jax.device_put(adapter, place({"adapter": adapter})["adapter"])
     return Parameters(tree, {name: origins[name] for name in names})
 
 
 def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[dict, dict]:
     """({path: leaf}, {path: origin}) of a run, without what it had from published files itself and this one has too."""
-    theirs = source.meta["llm"]
-    differing = [key for key in sorted({*llm, *theirs}) if theirs.get(key) != llm.get(key)]
-    if differing:
-        raise ValueError(f"run.init_from was trained on the states of another LLM: {', '.join(differing)} differ")
+    check_heard("run.init_from", source.meta["llm"], llm)
     own = named_leaves(source.params)
     wrong = [name for name in own if name not in names]
     wrong += [name for name in own if name in names and own[name].shape != names[name].shape]
@@ -159,6 +171,22 @@ def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[
     again = lambda name: name not in source.trained and source.meta["provenance"][name].startswith(FILE)
     kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.path)}
     return kept, dict.fromkeys(kept, f"run {tree_sha256(source.params)[:12]} step {source.step}")
+
+
+def check_heard(who: str, theirs: dict, ours: dict) -> None:
+    """Raises ValueError, naming what differs, when a run's states came from another LLM, instruction, layer or condition."""
+    names = differing(theirs, ours)
+    if names:
+        values = "; ".join(f"{name}: {theirs.get(name)} then, {ours.get(name)} now" for name in names)
+        raise ValueError(
+            f"{who} was trained on the states of another LLM or condition: {', '.join(names)} differ ({values})"
+        )
+
+
+def check_vae(who: str, theirs: dict, ours: dict) -> None:
+    """Raises ValueError when a run's latents came from another VAE."""
+    if theirs != ours:
+        raise ValueError(f"{who} was trained on another VAE: {theirs} then, {ours} now")
 
 
 def abstract_state(trainable: dict, optimizer, sharding_of) -> TrainState:

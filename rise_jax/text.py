@@ -19,7 +19,7 @@ import tokenizers
 class Tokenizer:
     """A byte-level or SentencePiece tokenizer with its control tokens and chat template (None for a base model).
 
-    `leading` are ids that open every text of a model without a template (its BOS, where it wants one). `eos` may hold several ids.
+    `leading` are ids that open every text outside a template (the model's BOS, where it wants one). `eos` may hold several ids.
     """
 
     backend: tokenizers.Tokenizer
@@ -94,16 +94,21 @@ class Instruction:
 
     @classmethod
     def read(cls, path: Path | str) -> "Instruction":
-        """Reads a text file: the rule first, then examples as lines `prompt: ...` each followed by `caption: ...`.
-
-        Blank lines are free. ValueError names the file and the line of a mistake.
-        """
+        """`parse` of a text file."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no instruction file at {path}")
+        return cls.parse(path.read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def parse(cls, text: str, path: str) -> "Instruction":
+        """The rule first, then examples as lines `prompt: ...` each followed by `caption: ...`.
+
+        Blank lines are free. ValueError names the `path` that the text came from and the line of a mistake.
+        """
         rule: list[str] = []
         marked: list[tuple[str, str]] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(text.splitlines(), 1):
             mark, _, text = (part.strip() for part in line.partition(":"))
             if mark in ("prompt", "caption"):
                 marked.append(_marked(path, number, mark, text, marked))
@@ -121,7 +126,7 @@ class Instruction:
         return cls("\n".join(rule), tuple(zip(texts[::2], texts[1::2])))
 
 
-def _marked(path: Path, number: int, mark: str, text: str, before: list) -> tuple[str, str]:
+def _marked(path: str, number: int, mark: str, text: str, before: list) -> tuple[str, str]:
     if not text:
         raise ValueError(f"{path}, line {number}: '{mark}:' is empty")
     expected = "caption" if before and before[-1][0] == "prompt" else "prompt"
@@ -176,12 +181,8 @@ class Prompter:
 
         ValueError for an empty prompt, one of more than `max_prompt` tokens, or one that holds a control token.
         """
-        text = self._checked(text, "prompt")
-        length = len(self.tokenizer.encode(text))
-        if length > self.max_prompt:
-            raise ValueError(
-                f"the prompt has {length} tokens, at most {self.max_prompt} are allowed; it is never cut: {text[:80]!r} ..."
-            )
+        text = text.strip()
+        bare_prompt_ids(self.tokenizer, text, self.max_prompt)
         if not self.chat:
             return self.tokenizer.encode(self._head + text + self._tail)
         ids, cut = self.tokenizer.encode(self._whole(text)), len(self.prefix_ids)
@@ -190,21 +191,12 @@ class Prompter:
 
     def rephrased_ids(self, text: str) -> list[int]:
         """Ids of a given answer, encoded apart from the chat, without the end token. ValueError as for `prompt_ids`, length aside."""
-        text = self._checked(text, "caption")
+        text = _checked(self.tokenizer, text, "caption")
         return self.tokenizer.encode(text if self.chat else f" {text}")
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer that `ids` spell."""
         return self.tokenizer.decode(ids).strip()
-
-    def _checked(self, text: str, what: str) -> str:
-        text = text.strip()
-        if not text:
-            raise ValueError(f"the {what} is empty: write at least one word")
-        found = [token for token in self.tokenizer.control.values() if token in text]
-        if found:
-            raise ValueError(f"the {what} holds the language model's control token {found[0]!r}: {text[:80]!r}")
-        return text
 
     def _whole(self, prompt: str) -> str:
         if not self.chat:
@@ -221,6 +213,30 @@ class Prompter:
 
 
 _MARK = "@@the prompt@@"
+
+
+def bare_prompt_ids(tokenizer: Tokenizer, text: str, max_prompt: int) -> list[int]:
+    """Ids of a user's prompt by itself, without layout.
+
+    ValueError for an empty prompt, one of more than `max_prompt` tokens, or one that holds a control token.
+    """
+    text = _checked(tokenizer, text, "prompt")
+    ids = tokenizer.encode(text)
+    if len(ids) > max_prompt:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, at most {max_prompt} are allowed; it is never cut: {text[:80]!r} ..."
+        )
+    return ids
+
+
+def _checked(tokenizer: Tokenizer, text: str, what: str) -> str:
+    text = text.strip()
+    if not text:
+        raise ValueError(f"the {what} is empty: write at least one word")
+    found = [token for token in tokenizer.control.values() if token in text]
+    if found:
+        raise ValueError(f"the {what} holds the language model's control token {found[0]!r}: {text[:80]!r}")
+    return text
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

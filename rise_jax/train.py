@@ -11,12 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import runs
-from rise_jax.build import model_from
+from rise_jax.build import language_from, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
-from rise_jax.language import Language, states_in_batch
+from rise_jax.language import states_in_batch
 from rise_jax.optim import make_optimizer
 from rise_jax.published import load_vae
 from rise_jax.report import Report, peak_memory_gib, read_metrics, write_summary
@@ -29,7 +29,6 @@ from rise_jax.workdir import check_workdir, lock_workdir, write_json
 LOG = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 HEARD = 256  # texts whose states calibrate a new adapter
-PARTS = {"llm": "LLM or instruction", "vae": "VAE"}
 TAIL = 50  # steps in the final loss of the summary
 
 
@@ -75,7 +74,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     mesh = make_mesh(**config.mesh)
     check_batch(config.run.batch_size, mesh)
     source = open_source(**_source_settings(config))
-    language = Language(**config.model.llm)
+    language = language_from(config.model)
     with jax.set_mesh(mesh):
         table, frozen, heard = _conditions(config, workdir, source, language, mesh)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
@@ -143,9 +142,8 @@ def _state(config, workdir, checkpoints, model, optimizer, identities, heard, me
     if found:
         step, state, meta = found
         LOG.info("continuing %s at step %d", workdir, step)
-        for part, now in identities.items():
-            if meta[part] != now:
-                raise ValueError(f"{workdir} was trained on another {PARTS[part]}: {meta[part]} then, {now} now")
+        runs.check_heard(str(workdir), meta["llm"], identities["llm"])
+        runs.check_vae(str(workdir), meta["vae"], identities["vae"])
         frozen = runs.read_frozen(workdir, config.model, rest, model.abstract, meta["provenance"], place)
         return step, state, frozen, meta
     origin = find_start(config.run.init_from, config.run.preset)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
+from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
 from rise_jax.models.vae import Pixels
@@ -45,6 +46,7 @@ def check_clip(
 
 def _choices(config: ConfigDict) -> Iterable[str]:
     choices = {
+        "model.condition": (config.model.condition, CONDITIONS),
         "model.adapter.kind": (config.model.adapter.kind, KINDS),
         "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
@@ -101,12 +103,18 @@ def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
             f"model.dit.width={dit.width} over {dit.heads} heads gives an odd head width {dit.width // dit.heads}; "
             f"rotary pairs need an even one; nearest width: {dit.width + dit.heads}"
         )
-    if adapter.kind != "mlp":
+    if adapter.kind == "identity" and adapter.registers:
+        yield f"model.adapter.registers={adapter.registers}: the adapter 'identity' adds none; nearest: 0"
+    if adapter.kind in ("refiner", "resampler"):
         yield from _divides("model.adapter.width", adapter.width, f"model.adapter.heads={adapter.heads}", adapter.heads)
     if dit.patch[0] != 1:
         near = (1, *dit.patch[1:])
         yield f"model.dit.patch={tuple(dit.patch)}: the time patch must be 1, the VAE folds time already; nearest: {near}"
-    tokens = adapter.get("latents", 64) if adapter.kind == "resampler" else model.llm.max_new
+    if model.condition not in CONDITIONS:
+        return
+    kind = CONDITIONS[model.condition]
+    states = model[kind.group][kind.budget]
+    tokens = adapter.get("latents", 64) if adapter.kind == "resampler" else states
     if adapter.registers + tokens > dit.text_len:
         yield (
             f"model.dit.text_len={dit.text_len} cannot hold {adapter.registers} registers and {tokens} tokens; "

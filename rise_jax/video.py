@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -16,14 +16,12 @@ from pathlib import Path
 import av
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 VIDEO_SUFFIXES = (".mp4", ".webm")
 ANIMATED_SUFFIXES = (".gif", ".webp")  # of one frame or several
 STILL_SUFFIXES = (".png", ".jpg", ".jpeg")
-_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf")
 _DEFAULT_SECONDS = 0.1  # browsers show a frame that long when its file says 0
-_CELL, _TEXT_WIDTH, _MARGIN = (96, 240), 360, 8  # contact sheet, pixels: least and most height of a frame; caption
 
 
 class MediaError(ValueError):
@@ -193,7 +191,7 @@ def write_video(path: str | os.PathLike, video: UInt8[np.ndarray, "T H W 3"], fp
 
     fps: frames per second, > 0. Raises ValueError for another kind of array, OSError if the file cannot be written.
     """
-    _check(video, 4)
+    check_pixels(video, 4)
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -207,7 +205,7 @@ def write_video(path: str | os.PathLike, video: UInt8[np.ndarray, "T H W 3"], fp
 
 def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W 3"]) -> None:
     """Raises ValueError for another kind of array, OSError if the file cannot be written."""
-    _check(image, 3)
+    check_pixels(image, 3)
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png")
     write_file(path, file.getvalue())
@@ -227,73 +225,8 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
         raise OSError(error.errno, f"cannot write {len(content)} bytes: {error.strerror}", str(path)) from error
 
 
-def _check(array: np.ndarray, rank: int) -> None:
+def check_pixels(array: np.ndarray, rank: int) -> None:
+    """Raises ValueError for anything but uint8 [H, W, 3] (rank 3) or [T, H, W, 3] (rank 4), or for an empty one."""
     if array.dtype != np.uint8 or array.ndim != rank or array.shape[-1] != 3 or 0 in array.shape:
         axes = "T, H, W, 3"[3 * (4 - rank) :]
         raise ValueError(f"expected uint8 [{axes}], got {array.dtype} {list(array.shape)}")
-
-
-def contact_sheet(
-    videos: Sequence[UInt8[np.ndarray, "T H W 3"]], prompts: Sequence[str], rephrased: Sequence[str | None], columns=6
-) -> UInt8[np.ndarray, "H W 3"]:
-    """One picture: a row per video of up to `columns` evenly spaced frames, its prompt and rephrasing beside them.
-
-    Frames lower than 96 pixels are enlarged by a whole factor, those above 240 are reduced. Where the machine has none
-    of _FONTS, letters are Latin only. Raises ValueError for unequal numbers of videos and texts, or none.
-    """
-    if not len(videos) == len(prompts) == len(rephrased) > 0:
-        raise ValueError(f"{len(videos)} videos, {len(prompts)} prompts, {len(rephrased)} rephrasings: not one for one")
-    texts = zip(prompts, rephrased)
-    rows = [(_strip(video, columns), _caption(prompt, long or "")) for video, (prompt, long) in zip(videos, texts)]
-    tops = np.cumsum([_MARGIN, *(_MARGIN + max(strip.height, caption.height) for strip, caption in rows)]).tolist()
-    left = 2 * _MARGIN + max(strip.width for strip, _ in rows)
-    sheet = Image.new("RGB", (left + _TEXT_WIDTH + _MARGIN, tops[-1]), "white")
-    for (strip, caption), top in zip(rows, tops):
-        sheet.paste(strip, (_MARGIN, top))
-        sheet.paste(caption, (left, top))
-    return np.asarray(sheet)
-
-
-def _strip(video: UInt8[np.ndarray, "T H W 3"], columns: int) -> Image.Image:
-    _check(video, 4)
-    frames = video[np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)]
-    low, high = _CELL
-    enlarged = -(-low // frames.shape[1])
-    frames = frames.repeat(enlarged, axis=1).repeat(enlarged, axis=2)
-    frames = np.pad(frames, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)
-    strip = Image.fromarray(np.concatenate(frames, axis=1))
-    return strip if strip.height <= high else strip.resize((round(strip.width * high / strip.height), high))
-
-
-def _caption(prompt: str, rephrased: str) -> Image.Image:
-    image = Image.new("RGB", (_TEXT_WIDTH, 10_000), "white")
-    draw, top = ImageDraw.Draw(image), 0
-    for text, size, colour in ((prompt, 15, "black"), (rephrased, 13, "dimgray")):
-        font, drawable = _font(size)
-        lines = "\n".join(_wrap(drawable(text), lambda line, font=font: draw.textlength(line, font) <= _TEXT_WIDTH))
-        draw.multiline_text((0, top), lines, colour, font)
-        top = draw.multiline_textbbox((0, top), lines, font)[3] + _MARGIN
-    return image.crop((0, 0, _TEXT_WIDTH, round(top)))
-
-
-def _font(size: int):
-    """A font with accents, and what makes a text drawable with it. Pillow's own outline font knows ASCII only."""
-    for name in _FONTS:
-        with suppress(OSError):
-            return ImageFont.truetype(name, size), str
-    return ImageFont.load_default_imagefont(), lambda text: text.encode("latin-1", "replace").decode("latin-1")
-
-
-def _wrap(text: str, fits) -> list[str]:
-    """Lines that fit, broken at spaces, or within a word longer than a line."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if fits(joined):
-            lines[-1] = joined
-            continue
-        lines += [""] if lines[-1] else []
-        for letter in word:
-            lines += [] if fits(lines[-1] + letter) else [""]
-            lines[-1] += letter
-    return lines

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rise_jax.models.dit import COORDINATES, FREQUENCIES, abstract_dit
 from rise_jax.placement import SHARD_BYTES, Place, check, save, stream
-from rise_jax.tensor_folder import TensorFolder
-from rise_jax.trees import named_leaves, path_name
+from rise_jax.tensor_folder import DTYPES, TensorFolder
+from rise_jax.trees import named_leaves, nested, path_name
 
 STEM = "diffusion_pytorch_model"
 LAYOUTS = {"WanTransformer3DModel": "diffusers", "WanModel": "original"}  # by config.json's _class_name
@@ -106,7 +107,7 @@ def load_wan(
 
     Args:
       text_len: tokens of context, where it is not the file's own (the original layout's) or 512.
-      dtype: of the leaves, but for modulations, time embedding and affine norms, which stay fp32 as in diffusers.
+      dtype: of the leaves, but for modulations, time embedding and affine norms, which stay fp32 as in diffusers; None: as stored.
       place: tree of abstract leaves -> tree of Shardings, e.g. `sharding.shardings` of a mesh; None: the default device.
 
     Raises:
@@ -116,9 +117,10 @@ def load_wan(
     folder = transformer_folder(path)
     sizes, layout = wan_sizes(folder)
     sizes |= {"text_len": text_len} if text_len else {}
-    abstract = abstract_wan(sizes, dtype)
+    abstract = abstract_wan(sizes, dtype or jnp.float32)
     table = wan_table(abstract, sizes["patch"], layout)
     check(abstract, table, folder)
+    abstract = abstract if dtype else _as_stored(abstract, table, folder)
     return LoadedDiT(sizes, stream(abstract, table, folder, place and place(abstract)), folder)
 
 
@@ -134,6 +136,17 @@ def save_wan(params: dict, sizes: dict, folder: Path | str, shard_bytes: int = S
     `sizes` as in `LoadedDiT`. With `coordinates` the model expects them behind its latents (models/dit.py).
     """
     save(params, wan_table(params, sizes["patch"], "diffusers"), Path(folder), STEM, _settings(sizes), shard_bytes)
+
+
+def merge_low_rank(params: dict) -> dict:
+    """A DiT's tree without low-rank corrections: each is added to its kernel, W + A B (layers.LowRankLinear), in fp32 on the host."""
+    leaves = named_leaves(params)
+    kept = {name: leaf for name, leaf in leaves.items() if "/low_rank_" not in name}
+    for module in [name.removesuffix("/low_rank_in") for name in leaves if name.endswith("/low_rank_in")]:
+        parts = (f"{module}/{part}" for part in ("kernel", "low_rank_in", "low_rank_out"))
+        kernel, inward, outward = (np.asarray(leaves[part], np.float32) for part in parts)
+        kept[f"{module}/kernel"] = kernel + inward @ outward
+    return nested(kept)
 
 
 def wan_table(tree: dict, patch: tuple[int, int, int], layout: str) -> dict[str, Place]:
@@ -178,6 +191,12 @@ def abstract_wan(sizes: dict, dtype: Any = jnp.float32) -> dict:
     """The DiT's nested dict of ShapeDtypeStructs, with `dtype` wherever `load_wan` gives it."""
     cast = lambda path, leaf: leaf if re.search(KEPT_FP32, path_name(path)) else jax.ShapeDtypeStruct(leaf.shape, dtype)
     return jax.tree_util.tree_map_with_path(cast, abstract_dit(**sizes))
+
+
+def _as_stored(abstract: dict, table: dict[str, Place], folder: TensorFolder) -> dict:
+    dtypes = {place.path: DTYPES[folder.tensors[name].dtype] for name, place in table.items()}
+    leaves = named_leaves(abstract)
+    return nested({path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()})
 
 
 def _refuse_others(settings: dict, layout: str, where: str) -> None:

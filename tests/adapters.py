@@ -12,7 +12,8 @@ from rise_jax.models.adapter import KINDS, make_adapter
 
 D_LLM, D_CTX, WIDTH = 12, 6, 8
 SIZES = dict(refiner=dict(depth=2, heads=2), resampler=dict(depth=2, heads=2, latents=5), mlp={})
-EVERY = [(kind, time_cond) for kind in KINDS for time_cond in ("off", "adaln")]
+TRAINED = [kind for kind in KINDS if kind != "identity"]
+EVERY = [(kind, time_cond) for kind in TRAINED for time_cond in ("off", "adaln")]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapters import D_CTX, D_LLM, EVERY, WIDTH, counted, inputs, make, make_noisy, named
+from adapters import D_CTX, D_LLM, EVERY, TRAINED, WIDTH, counted, inputs, make, make_noisy, named
 from flax import nnx
 
-from rise_jax.models.adapter import ELLA, KINDS, calibrate, make_adapter
+from rise_jax.models.adapter import ELLA, calibrate, make_adapter
 
 # ---- sizes and paths ----
 
@@ -39,7 +39,7 @@ def test_paths():
     assert make("refiner").params["blocks"]["mlp"]["up"]["kernel"].shape == (2, WIDTH, 4 * WIDTH)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_shapes_and_null(kind):
     states, mask, _ = inputs(7, 3)
     context, context_mask = make(kind, registers=3)(states, mask)
@@ -52,7 +52,7 @@ def test_shapes_and_null(kind):
         np.testing.assert_array_equal(context_mask[:, 3:], mask)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_one_row_of_sizes_serves_every_kind(kind):
     assert counted(kind, d_llm=D_LLM, d_ctx=D_CTX, width=WIDTH, depth=2, heads=2, registers=4, time_cond="off") > 0
 
@@ -129,14 +129,14 @@ def test_context_starts_at_the_given_mean_and_std():
     np.testing.assert_allclose(null, plain_null * std + mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_scale_of_the_states_does_not_matter(kind):
     adapter = make(kind)
     states, mask, _ = inputs(7, 4)
     np.testing.assert_allclose(adapter(states, mask)[0], adapter(1000 * states, mask)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_time_starts_without_effect_on_norms_and_then_has_one(kind):
     states, mask, t = inputs(7, 4)
     adapter = make(kind, time_cond="adaln")
@@ -166,7 +166,7 @@ def test_gradient_reaches_every_leaf(kind, time_cond):
 
 def test_bf16_stays_close_and_keeps_fp32_parameters():
     states, mask, _ = inputs(7, 4)
-    for kind in KINDS:
+    for kind in TRAINED:
         exact, _ = make(kind)(states, mask)
         coarse_adapter = make(kind, dtype=jnp.bfloat16)
         coarse, _ = coarse_adapter(states, mask)
@@ -206,3 +206,17 @@ def test_calibration_standardises_the_states_it_was_given():
     normed = np.asarray(calibrated.input_norm(states) + calibrated.input_bias[...])[mask]
     np.testing.assert_allclose(normed.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(normed.std(0), 1, atol=1e-3)
+
+
+def test_identity_gives_the_states_as_they_are_and_zeros_behind_the_mask():
+    states, mask, _ = inputs(7, 3)
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    adapter = make_adapter("identity", d_llm=states.shape[-1], d_ctx=states.shape[-1], rngs=rngs)
+    context, kept = adapter(states, mask)
+    np.testing.assert_array_equal(context, np.where(mask[..., None], states, 0))
+    np.testing.assert_array_equal(kept, mask)
+    assert [*nnx.to_pure_dict(nnx.state(adapter, nnx.Param))] == ["null"]
+    with pytest.raises(ValueError, match="states are 8 wide, d_ctx is 6"):
+        make_adapter("identity", d_llm=8, d_ctx=6, rngs=rngs)
+    with pytest.raises(ValueError, match="registers=2, nearest: 0"):
+        make_adapter("identity", d_llm=8, d_ctx=8, registers=2, rngs=rngs)

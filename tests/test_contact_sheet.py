@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from media import QUARTERS
 
-from rise_jax import video
-from rise_jax.video import contact_sheet
+from rise_jax import sheets
+from rise_jax.sheets import contact_sheet
 
 
 def test_contact_sheet_shows_evenly_spaced_frames_enlarged_without_blur():
@@ -20,9 +20,9 @@ def test_contact_sheet_shows_evenly_spaced_frames_enlarged_without_blur():
     np.testing.assert_array_equal(second, QUARTERS.repeat(3, 0).repeat(3, 1))
 
 
-@pytest.mark.parametrize("fonts", [video._FONTS, ()])
+@pytest.mark.parametrize("fonts", [sheets._FONTS, ()])
 def test_contact_sheet_has_accents_and_wraps(monkeypatch, fonts):
-    monkeypatch.setattr(video, "_FONTS", fonts)
+    monkeypatch.setattr(sheets, "_FONTS", fonts)
     letters = "enuaéñüçßàäöê¿"
     pictures = {contact_sheet([QUARTERS[None]], [letter], [None]).tobytes() for letter in letters}
     assert len(pictures) == len(letters)  # a missing letter would look like every other missing one

@@ -63,6 +63,17 @@ def test_scores_are_told_apart_by_the_language_of_the_prompt(scores):
     }
 
 
+def test_where_nothing_is_rephrased_nothing_is_said_of_it(scores):
+    """All else is as before."""
+    videos = [clip(replace(RED, things=(replace(RED.things[0], colour="yellow"),))), clip(BLUE), clip(PAIR)]
+    without = scene_scores(videos, [clip(BLUE)] * 3, [None] * 3, SCENES)
+    assert "kept_by_rephrasing" not in json.dumps(without)
+    expected = json.loads(json.dumps(scores))
+    for part in (expected, *expected["by_language"].values()):
+        del part["kept_by_rephrasing"]
+    assert without == expected
+
+
 class Evaluated(NamedTuple):
     """A run, what its evaluation gave to be scored, and what it wrote."""
 

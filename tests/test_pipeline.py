@@ -140,7 +140,7 @@ def test_one_step_from_noise_is_what_the_network_predicts(loud):
     states, mask = jax.device_put((heard.states, heard.mask))
     contexts = model.context(params, states, mask, time), model.null(params)
     cond, null = (model.dit(params, noise, time, model.kv(params, context)) for context in contexts)
-    expected = to_uint8(model.decode(null + 2.5 * (cond - null)))
+    expected = to_uint8(model.decode({}, null + 2.5 * (cond - null)))
     assert distance(loud.render(heard, [5], steps=1, guidance=2.5), expected) <= 1
     assert len(np.unique(expected)) > 50
 
@@ -150,7 +150,11 @@ def test_guidance_1_leaves_the_null_condition_out(pipe):
     before = pipe(PROMPTS[0], guidance=1.0).videos
     null = pipe.params["adapter"]["null"]
     changed = Pipeline(
-        pipe.model, {**pipe.params, "adapter": {**pipe.params["adapter"], "null": null + 1}}, pipe.language, pipe.config
+        pipe.model,
+        {**pipe.params, "adapter": {**pipe.params["adapter"], "null": null + 1}},
+        pipe.vae,
+        pipe.language,
+        pipe.config,
     )
     np.testing.assert_array_equal(changed(PROMPTS[0], guidance=1.0).videos, before)
     assert (changed(PROMPTS[0], guidance=4.0).videos != pipe(PROMPTS[0], guidance=4.0).videos).any()

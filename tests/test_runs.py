@@ -101,7 +101,9 @@ def test_missing_frozen_parameters_are_named(left):
 
 def test_a_run_on_another_llm_cannot_be_started_from(left, tmp_path):
     config = small(2, write_llm(tmp_path / "llm", seed=1), run__init_from=str(left.workdir))
-    with pytest.raises(ValueError, match="run.init_from was trained on the states of another LLM: sha256 differ"):
+    with pytest.raises(
+        ValueError, match="run.init_from was trained on the states of another LLM or condition: sha256 differ"
+    ):
         train(config, tmp_path / "run")
 
 
@@ -112,9 +114,13 @@ def test_another_llm_in_the_same_place_is_noticed(left):
     write_llm(llm, seed=1)
     left.config.run.steps = 4
     try:
-        with pytest.raises(ValueError, match="other was trained on another LLM or instruction"):
+        with pytest.raises(
+            ValueError, match="other was trained on the states of another LLM or condition: sha256 differ"
+        ):
             Pipeline.from_run(moved)
-        with pytest.raises(ValueError, match="other was trained on another LLM or instruction"):
+        with pytest.raises(
+            ValueError, match="other was trained on the states of another LLM or condition: sha256 differ"
+        ):
             train(left.config, moved)
     finally:
         left.config.run.steps = 2

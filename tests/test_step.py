@@ -69,7 +69,7 @@ def run(model, params, batch, patterns=(".",), optimizer=None, steps=1, key=0):
     step = jax.jit(make_train_step(model, optimizer, **RATES))
     state, metrics = new_state(trainable, optimizer), None
     for i in range(steps):
-        state, metrics = step(state, {"params": frozen}, batch | {"step": np.int32(i)}, jax.random.key(key))
+        state, metrics = step(state, {"params": frozen, "vae": {}}, batch | {"step": np.int32(i)}, jax.random.key(key))
     return state, metrics, frozen
 
 

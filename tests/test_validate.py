@@ -3,7 +3,7 @@
 import pytest
 from tiny import tiny_config
 
-from configs import stage1
+from configs import stage0, stage1, stage2
 from rise_jax.validate import validate
 
 FAULTS = {
@@ -15,6 +15,7 @@ FAULTS = {
     "model__adapter__width": (17, "model.adapter.width=17 is not a multiple of model.adapter.heads=2; nearest: 16"),
     "model__dit__text_len": (100, "text_len=100 cannot hold 2 registers and 160 tokens; nearest: 162"),
     "model__dit__patch": ((2, 8, 8), "time patch must be 1"),
+    "model__condition": ("rewrite", "model.condition='rewrite' is unknown .nearest: rewrite_then_encode"),
     "model__adapter__kind": ("refinr", "model.adapter.kind='refinr' is unknown .nearest: refiner"),
     "model__prediction": ("noise", "valid: velocity, data"),
     "model__dtype": ("float16", "nearest: float32|nearest: bfloat16"),
@@ -40,9 +41,47 @@ def test_all_faults_are_named_at_once(tmp_path):
         validate(tiny_config(1, tmp_path, data__frames=3, data__height=20))
 
 
+def test_text_len_holds_the_states_of_the_condition(tmp_path):
+    """Those of the prompt's own tokens for `encode`, else those of what is written."""
+    config = tiny_config(1, tmp_path, model__llm__max_prompt=170, model__condition="encode")
+    with pytest.raises(ValueError, match="text_len=164 cannot hold 2 registers and 170 tokens; nearest: 172"):
+        validate(config)
+    for condition in ("rephrase", "rewrite_then_encode"):
+        config.model.condition = condition
+        validate(config)
+
+
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_the_shipped_presets_are_valid(preset):
-    validate(stage1.get_config(preset))
+    for stage in (stage0, stage1, stage2):
+        validate(stage.get_config(preset))
+    validate(stage0.get_config(f"{preset}_images"))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_stage_0_makes_what_the_frozen_preset_takes(size):
+    """The same DiT but for how it runs; images first, then clips from there; everything trains in one, the adapter in the other."""
+    made, taken = stage0.get_config(size), stage1.get_config(f"{size}_frozen")
+    runtime = {"path": f"runs/stage0-{size}/export", "low_rank": 0}
+    assert taken.model.dit.to_dict() == made.model.dit.to_dict() | runtime and made.model.dit.path == ""
+    assert taken.model.adapter.d_ctx == made.model.adapter.d_ctx
+    assert (made.model.condition, taken.model.condition) == ("encode", "rephrase")
+    assert (made.model.null, made.model.trainable, made.optim.drop) == ("learned", (".",), 0.1)
+    assert (taken.model.trainable, taken.optim.drop) == (("^adapter/",), 0)
+    images = stage0.get_config(f"{size}_images")
+    assert images.data.frames == 1 < made.data.frames and images.run.init_from == ""
+    assert (images.run.stage, images.run.preset) == (made.run.init_from, made.run.preset)
+
+
+def test_a_frozen_preset_without_its_backbone_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder at runs/stage0-tiny/export"):
+        validate(stage1.get_config("tiny_frozen"))
+
+
+def test_stage_0_of_a_published_backbone_is_refused():
+    with pytest.raises(ValueError, match="'wan_1_3b' has a backbone, Wan2.1-T2V-1.3B-Diffusers; .* use tiny or small"):
+        stage0.get_config("wan_1_3b")
 
 
 def test_an_unknown_preset_names_the_nearest():

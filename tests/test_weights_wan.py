@@ -18,7 +18,7 @@ from rise_jax import sharding
 from rise_jax.placement import check
 from rise_jax.tensor_folder import TensorFolder
 from rise_jax.trees import named_leaves
-from rise_jax.weights_wan import STEM, abstract_wan, load_wan, save_wan, wan_sizes, wan_table
+from rise_jax.weights_wan import STEM, abstract_wan, load_wan, merge_low_rank, save_wan, wan_sizes, wan_table
 from tests import wan
 from tests.wan import TINY, relative, sizes_of
 
@@ -215,6 +215,36 @@ def test_a_round_trip_keeps_every_bit(dtype, tmp_path):
     assert loaded.sizes == sizes_of(config) | dict(eps=1e-6)
     model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert model.patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_leaves_come_back_in_the_dtypes_they_were_saved_in(tmp_path):
+    """A mix as after training: frozen kernels in bf16, one that was trained in fp32."""
+    params = wan.random_params(abstract_wan(sizes_of(TINY), jnp.bfloat16))
+    params["blocks"]["cross_attn"]["key"]["kernel"] = jnp.full((2, 24, 24), 1 / 3, jnp.float32)
+    save_wan(params, sizes_of(TINY), tmp_path)
+    assert bits(load_wan(tmp_path, dtype=None).params) == bits(params)
+
+
+def test_low_rank_corrections_are_merged_into_their_kernels(tmp_path):
+    """The same output without them, from diffusers too; kernels without a correction stay as they are."""
+    graph, abstract = wan.build(**TINY | dict(low_rank=3))
+    params = wan.random_params(abstract)
+    merged = merge_low_rank(params)
+    plain, expected = wan.build(**TINY)
+    assert {name: leaf.shape for name, leaf in named_leaves(merged).items()} == {
+        name: leaf.shape for name, leaf in named_leaves(expected).items()
+    }
+    assert bits(merged["blocks"]["cross_attn"]) == bits(params["blocks"]["cross_attn"])
+    assert (merged["blocks"]["self_attn"]["value"]["kernel"] != params["blocks"]["self_attn"]["value"]["kernel"]).all()
+    inputs = wan.make_inputs(context_length=3, **TINY)
+    ours = wan.forward(graph, params, *inputs)
+    assert relative(wan.forward(plain, merged, *inputs), ours) < 1e-5
+    save_wan(merged, sizes_of(TINY), tmp_path)
+    with torch.no_grad():
+        theirs = wan.forward_torch(
+            WanTransformer3DModel.from_pretrained(tmp_path), *(torch.tensor(x) for x in inputs), TINY["text_len"]
+        )
+    assert relative(ours, theirs) < 1e-5
 
 
 def test_diffusers_own_file_comes_back_byte_for_byte(folder, tmp_path):

@@ -39,6 +39,10 @@ def weights(folder: Path) -> Path:
     return folder / "diffusion_pytorch_model.safetensors"
 
 
+def host(params: dict) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in named_leaves(params).items()}
+
+
 def published_keys() -> dict[str, tuple[int, ...]]:
     rows = (line.split("\t") for line in KEYS.read_text().splitlines())
     return {name: tuple(json.loads(shape)) for name, shape in rows}
@@ -96,7 +100,7 @@ def test_one_file_of_either_layout_gives_the_same_parameters(folder, tmp_path):
     safetensors.numpy.save_file({ours: tensors[theirs] for ours, theirs in original.items()}, path)
     for file in (path, weights(folder)):
         again = load_wan_vae(file, loaded.config)
-        np.testing.assert_equal(named_leaves(again.params), named_leaves(loaded.params))
+        np.testing.assert_equal(host(again.params), host(loaded.params))
         assert again.source.sha256() == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -179,5 +183,5 @@ def test_a_config_without_a_size(copy, key):
     settings = json.loads(path.read_text())
     del settings[key]
     path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=f"config.json lacks '{key}'"):
+    with pytest.raises(ValueError, match=f"config.json lacks {key}"):
         load_wan_vae(copy)

@@ -5,8 +5,9 @@ refiner    RMSNorm with bias -> Dense -> blocks {bidirectional attention; GELU M
 resampler  learned latents read the states through blocks {attention over [latents, states]; squared-ReLU MLP}: a fixed
            number of context vectors (ELLA 2403.05135). `**ELLA` gives exactly its connector, plus a key mask.
 mlp        {LayerNorm -> GEGLU MLP} twice, each token alone (LaVi-Bridge 2403.07860).
+identity   no adapter: states of the video model's own text encoder go in as they are (the baseline `native`).
 
-In all three: states are normalised first (LLM features reach tens of thousands); learned register tokens come first in
+In the first three: states are normalised first (LLM features reach tens of thousands); learned register tokens come first in
 the context and are never masked, so no row is ever empty; the last LayerNorm's scale and bias start at `std` and `mean`
 of the text space the video model expects; masked tokens take no part and their context vectors are exactly zero; `null`
 is the learned condition of "no prompt". `dtype` is that of the matrix products; everything else is fp32.
@@ -37,7 +38,7 @@ ELLA = dict(
 
 
 def make_adapter(kind: str, *, d_llm: int, d_ctx: int, rngs: nnx.Rngs, **options) -> "Adapter":
-    """The adapter `kind` ('refiner', 'resampler' or 'mlp') from width `d_llm` to `d_ctx`; `options`: see its class.
+    """The adapter `kind` ('refiner', 'resampler', 'mlp' or 'identity') from width `d_llm` to `d_ctx`; `options`: see its class.
 
     Raises:
       ValueError: unknown kind or time_cond; width not a multiple of heads; no output projection where widths differ.
@@ -61,6 +62,17 @@ def calibrate(params: dict, states: Array, mask: Array) -> dict:
     mean = jnp.sum(states * weight, axis=(0, 1))
     scale = 1 / jnp.sqrt(jnp.sum(jnp.square(states - mean) * weight, axis=(0, 1)) + 1e-6)
     return params | {"input_norm": {"scale": scale}, "input_bias": -mean * scale}
+
+
+def calibrate_output(params: dict, mean: Array, std: Array) -> dict:
+    """An adapter's parameters whose closing norm starts with this mean and spread, [d_ctx] each, of the text space it writes into.
+
+    Raises:
+      ValueError: the adapter has no closing norm.
+    """
+    if "output_norm" not in params:
+        raise ValueError("this adapter has no closing norm (output_norm=False, or kind 'identity') to calibrate")
+    return params | {"output_norm": {"scale": jnp.asarray(std), "bias": jnp.asarray(mean)}}
 
 
 class Adapter(nnx.Module):
@@ -225,7 +237,26 @@ class PerToken(Adapter):
         return prepend(self.registers, self.mlp_2(self.norm_2(x, time)), mask)
 
 
-KINDS = dict(refiner=Refiner, resampler=Resampler, mlp=PerToken)
+class Identity(Adapter):
+    """The states themselves. No parameters but the null condition; other options than `registers=0` have no meaning here.
+
+    Raises:
+      ValueError: d_llm is not d_ctx, or registers are asked for.
+    """
+
+    def __init__(self, *, d_llm, d_ctx, registers: int = 0, learned_null: bool = True, dtype=jnp.float32, rngs, **_):
+        if d_llm != d_ctx:
+            raise ValueError(f"the adapter 'identity' changes no width: states are {d_llm} wide, d_ctx is {d_ctx}")
+        if registers:
+            raise ValueError(f"the adapter 'identity' adds no registers: registers={registers}, nearest: 0")
+        ends = dict(registers=0, register_width=d_ctx, input_norm=False, output_norm=False)
+        super().__init__(d_llm=d_llm, d_ctx=d_ctx, width=d_ctx, learned_null=learned_null, rngs=rngs, **ends)
+
+    def tokens(self, states, mask, time):
+        return states, mask
+
+
+KINDS = dict(refiner=Refiner, resampler=Resampler, mlp=PerToken, identity=Identity)
 
 
 def learned_tokens(count, width, rngs):

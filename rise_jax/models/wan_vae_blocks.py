@@ -12,15 +12,12 @@ from flax import nnx
 from rise_jax.axes import Array
 from rise_jax.models.layers import attention
 
-INSIDE = ((1, 1), (1, 1))  # one zero on every side keeps the size of a 3x3 convolution
-BELOW = ((0, 1), (0, 1))  # where a stride of 2 follows: below and to the right only
-
 
 class Past:
     """The last frames that causal layers saw of the chunk before.
 
     A call of the layers takes them in order and leaves in `after`, in the same order, the frames for the next chunk.
-    Without `frames`, the chunk is the first: nothing but zeros stands before it.
+    Without `frames`, the chunk is the first: a single frame, with nothing but zeros before it.
     """
 
     def __init__(self, frames: list[Array] | None = None):
@@ -36,8 +33,9 @@ class Past:
         return x
 
 
-def convolve_frames(x: Array, kernel: Array, stride: int = 1, padding=INSIDE) -> Array:
-    """2-D convolution of every frame: [B, T, H, W, I] with [kh, kw, I, O] -> [B, T, H', W', O]."""
+def convolve_frames(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """2-D convolution of every frame, with a zero on every side: [B, T, H, W, I] with [kh, kw, I, O] -> [B, T, H', W', O]."""
+    padding = "VALID" if kernel.shape[0] == 1 else ((1, 1), (1, 1))
     y = jax.lax.conv_general_dilated(
         x.reshape(-1, *x.shape[2:]), kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -51,9 +49,14 @@ class FrameConv(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((size, size, inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
-    def __call__(self, x: Array, stride: int = 1, padding=INSIDE) -> Array:
-        padding = padding if self.kernel.shape[0] > 1 else "VALID"
-        return convolve_frames(x, self.kernel[...], stride, padding) + self.bias[...]
+    def __call__(self, x: Array) -> Array:
+        return convolve_frames(x, self.kernel[...]) + self.bias[...]
+
+    def halved(self, x: Array) -> Array:
+        """With a stride of 2 and zeros below and to the right only."""
+        # A row and a column of zeros in the kernel instead: XLA has no fast CPU convolution for uneven padding.
+        kernel = jnp.pad(self.kernel[...], ((1, 0), (1, 0), (0, 0), (0, 0)))
+        return convolve_frames(x, kernel, stride=2) + self.bias[...]
 
 
 class CausalConv(nnx.Module):
@@ -64,18 +67,17 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: Array, past: Past) -> Array:
-        taps = self.kernel.shape[0]
-        return self.over(past.extend(x, taps - 1) if taps > 1 else x)
+        extended = past.extend(x, self.kernel.shape[0] - 1)
+        # All but the last tap would see the zeros before the first frame: an image costs a third.
+        return self.over(x, taps=1) if past.first else self.over(extended)
 
-    def over(self, x: Array, stride: int = 1) -> Array:
-        """The plain convolution: T frames become (T - kt) // stride + 1."""
+    def over(self, x: Array, *, taps: int | None = None, stride: int = 1) -> Array:
+        """The plain convolution, of the last `taps` taps in time (None: all): T frames become (T - taps) // stride + 1."""
         # A sum of 2-D convolutions, one per temporal tap. On 2 CPU cores XLA's 3-D convolution took 1.5 to 4.6 times as long.
-        kernel = self.kernel[...]
-        taps, size = kernel.shape[:2]
-        last = (x.shape[1] - taps) // stride * stride
-        padding = INSIDE if size > 1 else "VALID"
-        parts = (x[:, k : k + last + 1 : stride] for k in range(taps))
-        return sum(convolve_frames(part, kernel[k], 1, padding) for k, part in enumerate(parts)) + self.bias[...]
+        kernel = self.kernel[...][-taps if taps else 0 :]
+        last = (x.shape[1] - len(kernel)) // stride * stride
+        parts = (x[:, k : k + last + 1 : stride] for k in range(len(kernel)))
+        return sum(convolve_frames(part, tap) for part, tap in zip(parts, kernel)) + self.bias[...]
 
 
 class Norm(nnx.Module):
@@ -126,7 +128,7 @@ class Down(nnx.Module):
         self.time = CausalConv(width, width, space=1) if temporal else None
 
     def __call__(self, x: Array, past: Past) -> Array:
-        x = self.conv(x, stride=2, padding=BELOW)
+        x = self.conv.halved(x)
         if self.time is None:
             return x
         if past.first:  # a single frame, which stays as it is

@@ -1,0 +1,26 @@
+"""--mode=export: a run's newest checkpoint (EMA) as one folder for others, in Orbax and safetensors (exported.py has the layout)."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rise_jax.exported import write_export
+from rise_jax.pipeline import open_run
+
+
+def export(config: ConfigDict, workdir: Path) -> int:
+    """Writes WORKDIR/export. The model, and the sample defaults that go with it, are the workdir's run's.
+
+    Raises FileExistsError where there is an export already, FileNotFoundError where there is no run.
+    """
+    folder = workdir / "export"
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: remove it, or move it away, to export again")
+    run, language, vae = open_run(workdir)
+    write_export(folder, run, language, vae)
+    print(
+        f"{folder}: step {run.step} of {run.config.run.stage}, preset {run.config.run.preset}; "
+        f'in Python: Pipeline.from_export("{folder}")',
+        flush=True,
+    )
+    return 0

@@ -1,0 +1,200 @@
+"""The paper's own setting at the size of a test: a backbone of someone else's, frozen, and the real embedded LLM.
+
+Stage 0 makes the backbone (prompts encoded, nothing rephrased) and exports it to diffusers' layout. Stage 1 trains a new adapter on it
+and nothing else; stage 2 the adapter and the backbone's motion. Everything through the command line, on 64 pictures of one scene each.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from folders import write_metadata
+from ml_collections import ConfigDict
+
+from rise_jax import flow, runs
+from rise_jax.data.attributes import BACKGROUNDS, COLOURS, SHAPES, SIZES, STILL, Scene, Thing
+from rise_jax.data.drawing import render
+from rise_jax.export import export
+from rise_jax.generate import generate
+from rise_jax.step import sample_losses
+from rise_jax.trees import named_leaves
+from rise_jax.video import read_video, write_png, write_video
+from rise_jax.weights import EMBEDDED_SHA256
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+SAMPLES, SIZE, WIDTH = 64, 16, 576  # pictures, pixels, width of the embedded LLM
+TIMES = (0.98, 0.99, 0.998)  # below, a picture of few pixels can be read through the noise
+SMALL = dict(
+    model__adapter=dict(d_ctx=32, width=32, depth=1, heads=2, registers=2),
+    model__dit=dict(width=48, mlp_width=96, heads=2, depth=2, patch=(1, 4, 4), text_len=34),
+    model__llm=dict(max_prompt=32, max_new=32),
+    data=dict(source="folder", height=SIZE, width=SIZE),
+    sample=dict(height=SIZE, width=SIZE, steps=4, batch_size=2),
+    run=dict(steps=400, batch_size=32, save_every=1000),
+    optim=dict(kind="adamw", learning_rate=4e-3, decay_from=200, decay_until=400, time_mean=2.0),
+)
+PROMPTS = ["small red circle, white background", "large blue square, black background"]
+
+
+class Runs(NamedTuple):
+    """Workdirs of the three stages, the folder of stage 0's export and the hash of its files before stage 1."""
+
+    stage0: Path
+    stage1: Path
+    stage2: Path
+    backbone: Path
+    before: dict[str, str]
+
+
+def draw(folder, frames):
+    """Pictures, or clips of a still scene, of every background, colour, shape and size, shuffled, the first 64 of 90."""
+    rng = np.random.default_rng(0)
+    scenes = list(product(BACKGROUNDS, COLOURS, SHAPES, SIZES))
+    rows = []
+    for i, n in enumerate(rng.permutation(len(scenes))[:SAMPLES]):
+        background, colour, shape, size = scenes[n]
+        name, thing = f"{i:02d}.{'png' if frames == 1 else 'mp4'}", f"{size} {colour} {shape}"
+        video = render(Scene((Thing(shape, colour, size, STILL),), background), frames, SIZE, SIZE, rng)
+        folder.mkdir(exist_ok=True)
+        write_png(folder / name, video[0]) if frames == 1 else write_video(folder / name, video, 8.0)
+        texts = dict(
+            prompt=f"{thing}, {background} background", rephrased=f"A {thing} on a plain {background} background."
+        )
+        rows.append({"file_name": name, "split": "train", **texts})
+    write_metadata(folder, rows)
+    return folder
+
+
+def train(config, workdir, **overrides):
+    """main.py with sizes of SMALL and further groups of overrides."""
+    groups = {name: SMALL.get(name, {}) | overrides.get(name, {}) for name in {*SMALL, *overrides}}
+    flags = [
+        f"--config.{group.replace('__', '.')}.{name}={value}"
+        for group, values in groups.items()
+        for name, value in values.items()
+    ]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    done = subprocess.run(
+        [sys.executable, "main.py", f"--config=configs/{config}", f"--workdir={workdir}", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workdir
+
+
+def hashes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    pictures, clips = draw(folder / "pictures", 1), draw(folder / "clips", 5)
+    stage0 = train("stage0.py:tiny_images", folder / "stage0", data=dict(path=pictures), optim=dict(drop=0.2))
+    assert export(None, stage0) == 0
+    backbone = stage0 / "export"
+    before = hashes(backbone)
+    parts = dict(model=dict(null=backbone / "null.safetensors"), model__dit=SMALL["model__dit"] | dict(path=backbone))
+    stage1 = train("stage1.py:tiny_frozen", folder / "stage1", data=dict(path=pictures), **parts)
+    parts["model__dit"] |= dict(low_rank=2)
+    stage2 = train(
+        "stage2.py:tiny_frozen",
+        folder / "stage2",
+        data=dict(path=clips, frames=5),
+        sample=dict(frames=5),
+        run=dict(steps=3, batch_size=4, init_from=stage1),
+        **parts,
+    )
+    return Runs(stage0, stage1, stage2, backbone, before)
+
+
+def bits(leaves):
+    return {name: np.asarray(leaf).tobytes() for name, leaf in leaves.items()}
+
+
+def leaves_of(workdir):
+    return bits(named_leaves(runs.read_run(workdir, WIDTH).params))
+
+
+def meta_of(workdir):
+    return runs.read_run(workdir, WIDTH).meta
+
+
+def losses(workdir, pictures):
+    """Mean loss over samples and TIMES, at the same noise, with a picture's own caption, with another's, and with none."""
+    run = runs.read_run(workdir, WIDTH)
+    videos = np.stack([read_video(pictures / f"{i:02d}.png")[0] for i in range(SAMPLES)])
+    with np.load(workdir / "states.npz") as saved:
+        states, mask = saved["states"], saved["mask"]
+    assert len(states) == SAMPLES
+    noise = flow.draw_noise(
+        flow.sample_keys(jax.random.key(1), 0, jnp.arange(SAMPLES)), run.model.latent_shape((1, SIZE, SIZE))
+    )
+
+    @jax.jit
+    def at(params, states, mask, t, drop):
+        batch = dict(video=videos, states=states, states_mask=mask)
+        times, drops = jnp.full(SAMPLES, t), jnp.full(SAMPLES, drop)
+        return sample_losses(run.model, params, {"vae": {}}, batch, times, noise, drops).mean()
+
+    mean = lambda states, mask, drop: float(np.mean([at(run.params, states, mask, t, drop) for t in TIMES]))
+    order = np.roll(np.arange(SAMPLES), 1)
+    return dict(
+        own=mean(states, mask, False), other=mean(states[order], mask[order], False), null=mean(states, mask, True)
+    )
+
+
+def test_stage_1_keeps_every_frozen_byte(left):
+    """The files, the leaves read from them, and the LLM; what trained is the adapter alone, and a new one."""
+    assert hashes(left.backbone) == left.before
+    before, after = leaves_of(left.stage0), leaves_of(left.stage1)
+    frozen = {name for name in after if not name.startswith("adapter/")}
+    assert {name for name in frozen if name.startswith("dit/")} == {x for x in before if x.startswith("dit/")}
+    assert [name for name in frozen - {"null/embedding"} if after[name] != before[name]] == []
+    assert after["null/embedding"] == before["adapter/null"]
+    provenance = meta_of(left.stage1)["provenance"]
+    assert {provenance[name].split()[0] for name in frozen} == {"file"}
+    assert {provenance[name] for name in after.keys() - frozen} == {"random"}
+    assert {meta_of(workdir)["llm"]["sha256"] for workdir in left[:3]} == {EMBEDDED_SHA256}
+    assert [meta_of(workdir)["llm"].get("condition") for workdir in left[:3]] == ["encode", None, None]
+
+
+def test_stage_2_moves_its_patterns_and_nothing_else(left):
+    before, after = leaves_of(left.stage1), leaves_of(left.stage2)
+    moving = lambda name: (
+        name.startswith("adapter/") or "cross_attn/key/" in name or "cross_attn/value/" in name or "/low_rank_" in name
+    )
+    moved = {name for name in after if after[name] != before.get(name)}
+    assert moved == {name for name in after if moving(name)}
+    new = {name for name in after if "/low_rank_" in name}
+    assert len(new) == 8 and before.keys() == after.keys() - new
+    assert hashes(left.backbone) == left.before
+
+
+def test_generate_says_what_it_heard(left):
+    config = ConfigDict(runs.read_config(left.stage2))
+    config.sample.prompts = "||".join(PROMPTS)
+    assert generate(config, left.stage2) == 0
+    records = [json.loads(line) for line in (left.stage2 / "samples" / "samples.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == PROMPTS
+    assert "red circle" in records[0]["rephrased"] and "blue square" in records[1]["rephrased"]
+    assert read_video(left.stage2 / "samples" / "000.mp4")[0].shape == (5, SIZE, SIZE, 3)

@@ -1,0 +1,198 @@
+"""A run whose video model, VAE and null condition come from published files: taken whole, kept byte for byte, told apart."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import wan
+import wan_vae
+from encoders import write_umt5
+from tiny import tiny_config, write_llm
+from transformers import UMT5EncoderModel
+
+from rise_jax import Pipeline
+from rise_jax.published import load_null
+from rise_jax.train import train
+from rise_jax.trees import named_leaves
+from rise_jax.validate import validate
+from rise_jax.weights_wan import load_wan
+from rise_jax.weights_wan_vae import load_wan_vae
+
+SIZES = dict(channels=5, patch=(1, 2, 2), heads=2, head_width=12, mlp_width=32, depth=2, d_ctx=16, text_len=164)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A pipeline's folder as diffusers writes it, a language model, and a null condition."""
+    folder = tmp_path_factory.mktemp("files")
+    wan.build_torch(**SIZES).save_pretrained(folder / "wan" / "transformer")
+    wan_vae.reference(wan_vae.SMALL).save_pretrained(folder / "wan" / "vae")
+    null = np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
+    safetensors.numpy.save_file({"null": null}, folder / "null.safetensors")
+    write_llm(folder / "llm")
+    return folder
+
+
+def config_of(files, stage=1, **overrides):
+    """The adapter alone is trained, on the tiny published parts."""
+    config = tiny_config(stage, files / "llm", data__frames=5, run__steps=2, run__batch_size=8, data__texts=3)
+    config.model.dit.update(path=str(files / "wan"), patch=SIZES["patch"], coordinates=False, low_rank=0)
+    config.model.vae.path = str(files / "wan")
+    config.model.update(null=str(files / "null.safetensors"), trainable=("^adapter/",), prediction="velocity")
+    config.optim.update(drop=0.0, learning_rate=0.1)
+    config.sample.update(frames=5)
+    for name, value in overrides.items():
+        group, key = name.split("__")
+        config[group][key] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "first"
+    assert train(config_of(files), workdir) == 0
+    return workdir
+
+
+def leaves(workdir):
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(Pipeline.from_run(workdir).params).items()}
+
+
+def provenance(workdir):
+    return json.loads(next((workdir / "checkpoints").glob("*/meta/metadata")).read_text())["meta"]["provenance"]
+
+
+def test_the_published_parts_are_used_as_they_are_and_only_the_adapter_moves(workdir, files):
+    pipe, found = Pipeline.from_run(workdir), leaves(workdir)
+    for name, leaf in named_leaves({"dit": load_wan(files / "wan", text_len=164).params}).items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    null = safetensors.numpy.load_file(files / "null.safetensors")["null"]
+    np.testing.assert_array_equal(found["null/embedding"], null)
+    for name, leaf in named_leaves(load_wan_vae(files / "wan" / "vae").params).items():
+        np.testing.assert_array_equal(named_leaves(pipe.vae)[name], leaf, err_msg=name)
+    assert "adapter/null" not in found
+    origins = provenance(workdir)
+    assert {origin.split()[0] for name, origin in origins.items() if name.startswith(("dit/", "null/"))} == {"file"}
+    assert not (workdir / "frozen").exists(), "published files are not copied"
+
+
+def test_the_latents_are_the_published_vaes(workdir, files):
+    pipe = Pipeline.from_run(workdir)
+    video = np.random.default_rng(0).uniform(-1, 1, (1, 5, 16, 16, 3)).astype(np.float32)
+    with torch.no_grad():
+        model = wan_vae.reference(wan_vae.SMALL)
+        mean = model.encode(torch.tensor(video).movedim(-1, 1)).latent_dist.mode().movedim(1, -1).numpy()
+    theirs = (mean - np.array(model.config.latents_mean)) / np.array(model.config.latents_std)
+    with jax.default_matmul_precision("highest"):
+        ours = jax.jit(pipe.model.encode)(pipe.vae, video)
+    assert wan.relative(ours, theirs) < 1e-4
+    assert pipe("a red circle").videos.shape == (1, 5, 16, 16, 3)
+
+
+def test_it_resumes_and_notices_files_that_changed(workdir, files, tmp_path):
+    config = config_of(files, run__steps=3)
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    assert train(config, moved) == 0
+    shutil.copytree(files, tmp_path / "files")
+    file = tmp_path / "files" / "wan" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(tensors | {"proj_out.bias": tensors["proj_out.bias"] + 1}, file)
+    written = json.loads((moved / "config.json").read_text())
+    written["model"]["dit"]["path"] = str(tmp_path / "files" / "wan")
+    (moved / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="moved was trained with other files: dit changed since"):
+        Pipeline.from_run(moved)
+
+
+def test_stage_2_moves_its_patterns_alone_and_starts_low_rank_corrections_at_zero(workdir, files, tmp_path):
+    patterns = ("^adapter/", "cross_attn/(key|value)/", "/low_rank_")
+    config = config_of(files, 2, run__init_from=str(workdir), model__trainable=patterns)
+    config.model.dit.low_rank = 3
+    assert train(config, tmp_path / "second") == 0
+    before, after = leaves(workdir), leaves(tmp_path / "second")
+    added = {name for name in after if name not in before}
+    assert added == {
+        f"dit/blocks/self_attn/{part}/low_rank_{end}"
+        for part in ("query", "key", "value", "out")
+        for end in ("in", "out")
+    }
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    allowed = {name for name in before if name.startswith("adapter/") or "cross_attn/key" in name}
+    allowed |= {name for name in before if "cross_attn/value" in name}
+    assert moved <= allowed and {name.split("/")[0] for name in moved} == {"adapter", "dit"}
+    assert all(np.abs(after[name]).max() > 0 for name in added), "B moves off zero once it is trained"
+    origins = provenance(tmp_path / "second")
+    assert origins["dit/patch_in/kernel"].startswith("file ")  # not a copy of a copy
+    assert origins["adapter/project_in/kernel"].startswith("run ")
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "message"),
+    [
+        ("dit", dict(width=36), r"model.dit.width=36, but 24 in .*wan"),
+        ("dit", dict(patch=(1, 1, 1)), r"model.dit.patch=\(1, 1, 1\), but \(1, 2, 2\) in"),
+        ("adapter", dict(d_ctx=32), r"model.adapter.d_ctx=32, but 16 in"),
+        ("vae", dict(path="pixels"), r"channels of model.vae.path=pixels=12, but 5 in"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(files, group, changes, message):
+    config = config_of(files)
+    config.model[group].update(changes)
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"), [("dit", "no folder at /nowhere"), ("vae", "no folder at /nowhere"), ("null", "is no file")]
+)
+def test_missing_files_are_named(files, tmp_path, group, message):
+    config = config_of(files)
+    if group == "null":
+        config.model.null = "/nowhere"
+    else:
+        config.model[group].path = "/nowhere"
+    with pytest.raises(FileNotFoundError, match=message):
+        train(config, tmp_path / "run")
+
+
+def test_a_null_condition_of_another_width_is_refused(files, tmp_path):
+    safetensors.numpy.save_file({"null": np.zeros((1, 3, 8), np.float32)}, tmp_path / "null.safetensors")
+    with pytest.raises(ValueError, match=r"must give one tensor `null` \[1, L, 16\], found {'null': \(1, 3, 8\)}"):
+        train(config_of(files, model__null=str(tmp_path / "null.safetensors")), tmp_path / "run")
+
+
+def test_the_native_null_condition_is_the_encoders_empty_text(files, tmp_path):
+    """Its end token alone, as transformers encodes it."""
+    folder = write_umt5(tmp_path / "t5", width=16)
+    config = config_of(files, model__null="native")
+    config.model.native.path = str(folder)
+    value, origin = load_null(config.model)
+    with torch.no_grad():
+        model = UMT5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16)
+        theirs = model(torch.tensor([[1]])).last_hidden_state.float().numpy()
+    assert value.shape == (1, 1, 16) and origin.startswith("encoder ")
+    np.testing.assert_allclose(value, theirs, atol=0.05 * np.abs(theirs).max())
+
+
+def test_the_adapters_output_starts_with_the_native_encoders_mean_and_spread(files, tmp_path):
+    """Over all tokens of the captions, end tokens included, padding not, however many make a batch."""
+    folder, captions = write_umt5(tmp_path / "t5", width=16), ["red", "red red blue", "blue"] * 12
+    (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n")
+    config = config_of(files, model__calibrate=str(tmp_path / "captions.txt"), optim__learning_rate=1e-9)
+    config.model.native.update(path=str(folder), length=8, dtype="float32")
+    assert train(config, tmp_path / "run") == 0
+    model = UMT5EncoderModel.from_pretrained(folder)
+    with torch.no_grad():
+        states = [model(torch.tensor([ids])).last_hidden_state[0] for ids in ([3, 1], [3, 3, 2, 1], [2, 1])]
+    expected = torch.cat(states).numpy()
+    norm = Pipeline.from_run(tmp_path / "run").params["adapter"]["output_norm"]
+    np.testing.assert_allclose(norm["bias"], expected.mean(0), atol=1e-5)
+    np.testing.assert_allclose(norm["scale"], expected.std(0), atol=1e-5)
+    (tmp_path / "captions.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no caption"):
+        train(config, tmp_path / "other")
