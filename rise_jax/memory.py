@@ -1,21 +1,11 @@
-"""Memory that a function needs beside its arguments and results, from its trace: no device, no compilation.
+"""Memory that a function needs beside its arguments and results, from its trace: no device, no compilation (docs/plan.md).
 
-(1) A training step holds its gradients and the activations that its backward pass waits for:
-
-    activations = kept                                    without remat
-    activations = kept + (kept without remat - kept) / depth      with remat
-
-    kept = bytes of what `jax.vjp` of the loss hands from forward to backward pass and that grows with the batch. A block that is
-    recomputed keeps its input alone, until its turn comes: then all that one block keeps without remat.
-
-(2) A forward pass holds the values that are still to be read, at the worst moment, in the order of the program.
-
-Neither knows what a compiler fuses, or of buffers that are taken over. Against XLA's own figure for a CPU, (1) was within 15 % for
-the preset `tiny` (tests/test_plan.py).
+Neither figure knows what a compiler fuses, or of buffers that are taken over. Scores are told apart, since attention by a kernel
+(cuDNN, splash) never has them in memory: every product of two batched arrays, until the next such product, which mixes the values.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -23,33 +13,74 @@ from jax.extend import core
 from rise_jax.flops import inner_programs
 
 
-def kept_bytes(loss: Callable, params: Any, *args: Any) -> int:
-    """What the backward pass of `loss(params, *args)` with respect to `params` waits for, parameters among it included."""
-    residuals = jax.eval_shape(lambda params, *args: jax.vjp(lambda p: loss(p, *args), params)[1], params, *args)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+class Bytes(NamedTuple):
+    """Of attention's scores and what is made of them, [B, N, S, L], and of all other values."""
+
+    other: int
+    scores: int
 
 
-def peak_bytes(function: Callable, *args: Any) -> int:
-    """(2), without arguments and results of `function(*args)`."""
-    return _peak(jax.make_jaxpr(function)(*args).jaxpr)
+def kept_bytes(loss: Callable, params: Any, *args: Any) -> Bytes:
+    """What the backward pass of `loss(params, *args)` with respect to `params` waits for, the arguments themselves left out."""
+    forward = lambda params, *args: jax.vjp(lambda leaves: loss(leaves, *args), params)[1]
+    program = jax.make_jaxpr(forward)(params, *args).jaxpr
+    scores = _scores(program)
+    kept = _variables(program.outvars) - set(program.invars)
+    size = lambda wanted: sum(_bytes(var) for var in kept if (var in scores) == wanted)
+    return Bytes(size(False), size(True))
 
 
-def _peak(program: core.Jaxpr) -> int:
-    results = set(map(id, program.outvars))
-    last = {id(value): i for i, equation in enumerate(program.eqns) for value in equation.invars}
-    ends: dict[int, list] = {}
+def peak_bytes(function: Callable, *args: Any, scores: bool = True) -> int:
+    """The values of `function(*args)` that are still to be read, at the worst moment, in the order of the program.
+
+    Arguments and results are left out, and without `scores` those of attention.
+    """
+    program = jax.make_jaxpr(function)(*args).jaxpr
+    return _peak(program, set() if scores else _scores(program))
+
+
+def _peak(program: core.Jaxpr, free: set[core.Var]) -> int:
+    free = free | _variables(program.outvars)
+    last = {var: i for i, equation in enumerate(program.eqns) for var in _variables(equation.invars)}
+    ends: dict[int, int] = {}
     live = peak = 0
     for i, equation in enumerate(program.eqns):
-        within = max(map(_peak, inner_programs(equation)), default=0)
-        made = [value for value in equation.outvars if id(value) not in results]
-        live += sum(map(_bytes, made))
+        within = max((_peak(inner, free) for inner in inner_programs(equation)), default=0)
+        for var in set(equation.outvars) - free:
+            live += _bytes(var)
+            ends[last.get(var, i)] = ends.get(last.get(var, i), 0) + _bytes(var)
         peak = max(peak, live + within)
-        for value in made:
-            ends.setdefault(last.get(id(value), i), []).append(value)
-        live -= sum(map(_bytes, ends.pop(i, ())))
+        live -= ends.get(i, 0)
     return peak
 
 
-def _bytes(value) -> int:
-    aval = value.aval
+def _scores(program: core.Jaxpr, given: Sequence[bool] = ()) -> set[core.Var]:
+    """The variables of a program, and of those within, that hold scores; `given` says which of its inputs do."""
+    found = {var for var, flag in zip(program.invars, given) if flag}
+    for equation in program.eqns:
+        flags = _flags(equation.invars, found)
+        inner = inner_programs(equation)
+        if equation.primitive.name == "dot_general":
+            _, (batched, _) = equation.params["dimension_numbers"]
+            found.update(equation.outvars if batched and not any(flags) else ())
+        elif inner:
+            for body in inner:
+                found |= _scores(body, flags[len(flags) - len(body.invars) :])
+                out = _flags(body.outvars, found)
+                found.update(var for var, flag in zip(equation.outvars, out) if flag)
+        elif any(flags):
+            found.update(equation.outvars)
+    return found
+
+
+def _flags(atoms: Sequence, found: set[core.Var]) -> list[bool]:
+    return [not isinstance(atom, core.Literal) and atom in found for atom in atoms]
+
+
+def _variables(atoms: Sequence) -> set[core.Var]:
+    return {atom for atom in atoms if not isinstance(atom, core.Literal)}
+
+
+def _bytes(var: core.Var) -> int:
+    aval = var.aval
     return aval.size * aval.dtype.itemsize if hasattr(aval, "dtype") else 0

@@ -43,9 +43,9 @@ LAYERS = (
         "data.open",
     ),
     ("metrics", "pixel_rules"),
-    ("build", "step", "runs", "validate", "exported", "flops"),
+    ("build", "step", "runs", "validate", "exported", "known_sizes", "outline", "flops", "memory"),
     ("pipeline", "rise_jax"),
-    ("train", "generate", "evaluate", "export"),
+    ("train", "generate", "evaluate", "export", "plan"),
     ("main",),
 )
 MAX_LINES = 300
@@ -56,6 +56,8 @@ READS_CONFIG = {
     "generate",
     "evaluate",
     "export",
+    "plan",
+    "outline",
     "pipeline",
     "exported",
     "build",
