@@ -9,6 +9,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from rise_jax import processes
+
 MODES = ("train", "generate", "evaluate", "export", "plan")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -16,6 +18,15 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
 WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default: runs/STAGE-PRESET")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "join the other processes of a cluster that JAX finds by itself, as on Cloud TPU VMs; a SLURM step, Open MPI, GKE and "
+    "JAX_COORDINATOR_ADDRESS are seen without it",
+)
+HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 100, "a process silent for so long ends all others", lower_bound=1
+)
 flags.mark_flag_as_required("config")
 
 
@@ -25,17 +36,34 @@ def main(_) -> int:
     for name in ("absl", "jax", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _keep_compiled()
+    try:
+        code = _run()
+    except Exception as error:
+        code = _explain(error)
+        processes.leave(code)
+    return code
+
+
+def _run() -> int:
+    if "://" in WORKDIR.value:
+        raise ValueError(f"--workdir={WORKDIR.value} is no folder: mount the bucket and give the mount's path, see launch/README.md")
+    processes.join_processes(HEARTBEAT.value, DISTRIBUTED.value)
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
-    try:
-        return _mode(MODE.value)(config, workdir)
-    except jax.errors.JaxRuntimeError:
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        # Faults of input, disk or data carry their whole story; a stack trace would bury it (--verbosity=1 shows it).
-        logging.getLogger().debug("", exc_info=error)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with processes.one_voice():
+        code = _mode(MODE.value)(config, workdir)
+        processes.meet("the end")
+    return code
+
+
+def _explain(error: Exception) -> int:
+    """Faults of input, disk or data carry their whole story; a stack trace would bury it (--verbosity=1 shows it)."""
+    told = isinstance(error, ValueError | OSError | RuntimeError) and not isinstance(error, jax.errors.JaxRuntimeError)
+    if not told and jax.process_count() == 1:
+        raise error
+    logging.getLogger().log(logging.DEBUG if told else logging.ERROR, "", exc_info=error)
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 def _keep_compiled() -> None:

@@ -20,8 +20,10 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         preset=preset or "tiny",
         steps=0,
         batch_size=0,  # global: over all devices and processes
+        accumulate=1,  # parts of a batch that go through the model one after the other, for the memory of one
         save_every=500,  # steps
         keep=2,  # checkpoints
+        profile="",  # START:STOP traces the steps START+1 to STOP into WORKDIR/profile, for xprof
         seed=0,
         init_from="",  # a workdir to start from (its EMA), or a stage name: that stage's default workdir, when it is there
     )

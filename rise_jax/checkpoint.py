@@ -3,6 +3,9 @@
 A checkpoint is one folder `<directory>/<step>`: the state (arrays, by Orbax), `meta` (JSON) and `digest.json` with the
 size and CRC-32 of each file. Orbax writes to a temporary name and renames, so a killed save leaves the older ones as
 they were; the digests are there because Orbax restores a flipped bit without complaint.
+
+Of several processes all call the same methods in the same order; each writes and reads its devices' parts, and process 0 decides
+which checkpoints there are and whether they are whole.
 """
 
 import json
@@ -11,12 +14,14 @@ import os
 import re
 import shutil
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from rise_jax.processes import any_process, from_first, is_first, meet
 from rise_jax.trees import named_leaves
 
 LOG = logging.getLogger(__name__)
@@ -36,7 +41,8 @@ class Checkpoints:
             raise ValueError(f"run.keep={keep} must be >= 1; 2 keeps one to fall back to")
         self.directory = Path(directory).absolute()
         self._read_only = read_only
-        self._unsettled: int | None = None
+        self._unsettled: tuple[int, Future] | None = None  # the step that is being written, until it has its digests
+        self._background = ThreadPoolExecutor(1)
         if not read_only:
             _make_folder(self.directory)
         options = ocp.CheckpointManagerOptions(
@@ -45,6 +51,7 @@ class Checkpoints:
             create=False,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            single_host_load_and_broadcast=True,
         )
         self._manager = ocp.CheckpointManager(self.directory, item_names=("state", "meta"), options=options)
 
@@ -66,24 +73,31 @@ class Checkpoints:
             return
         document = {"meta": meta, "leaves": _describe(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document))
-        self._unsettled = step
         self._try_writing(step, lambda: self._manager.save(step, args=args))
+        self._unsettled = step, self._background.submit(self._settle, step)
 
     def wait(self) -> None:
         """Returns when the last save is on disk with its digests. Raises OSError with path and reason if it failed."""
-        step, self._unsettled = self._unsettled, None
-        if step is None:
-            return
-        self._try_writing(step, self._manager.wait_until_finished)
-        if jax.process_index() == 0:
-            self._try_writing(step, lambda: _write_digest(self.directory / str(step)))
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled:
+            step, settled = unsettled
+            self._try_writing(step, settled.result)
 
     def close(self) -> None:
-        """Waits, then frees Orbax's threads."""
+        """Waits, then frees the threads."""
         try:
             self.wait()
         finally:
+            self._background.shutdown()
             self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        """Closes. A process that failed among others does not: the others may never come to where closing waits for them."""
+        if kind is None or jax.process_count() == 1:
+            self.close()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict] | None:
         """(step, state, meta) of the newest good checkpoint, or of `step`; None when there is none at all.
@@ -112,7 +126,9 @@ class Checkpoints:
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
         folder = self.directory / str(step)
-        _verify(folder)
+        fault = _fault(folder) if is_first() else ""
+        if from_first(bool(fault)):
+            raise DamagedError(fault or "found by process 0")
         document = self._restore_item(step, meta=ocp.args.JsonRestore()).meta
         differences = _differences(document["leaves"], _describe(abstract_state))
         if differences:
@@ -121,24 +137,35 @@ class Checkpoints:
         return state, document["meta"]
 
     def _restore_item(self, step: int, **items: Any) -> Any:
+        fault, found = None, None
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises bare Exception for an unreadable array
-            raise DamagedError(f"{type(error).__name__}: {_first_line(error)}") from error
+            fault = error
+        if any_process(fault is not None):
+            said = f"{type(fault).__name__}: {_first_line(fault)}" if fault else "another process could not read it"
+            raise DamagedError(said) from fault
+        return found
 
     def _pass_over(self, reasons: dict[int, str], used: int) -> None:
         for step, reason in reasons.items():
             LOG.warning("checkpoint %s is damaged (%s); using step %d", self.directory / str(step), reason, used)
-            if not self._read_only and jax.process_index() == 0:
+            if not self._read_only and is_first():
                 _move_aside(self.directory / str(step))
         if reasons and not self._read_only:
+            meet("damaged checkpoints aside")
             self._manager.reload()
+
+    def _settle(self, step: int) -> None:
+        """Reading what was written takes about as long as writing it, so the loop does not wait for that either."""
+        self._manager.wait_until_finished()
+        if is_first():
+            _write_digest(self.directory / str(step))
 
     def _try_writing(self, step: int, write: Any) -> None:
         try:
             write()
         except Exception as error:  # Orbax and TensorStore wrap the disk's error in several types
-            self._unsettled = None
             raise OSError(f"cannot write checkpoint {self.directory / str(step)}: {_reason(error)}") from error
 
 
@@ -172,22 +199,26 @@ def _write_digest(folder: Path) -> None:
     scratch.replace(folder / DIGEST)
 
 
-def _verify(folder: Path) -> None:
-    """A checkpoint without digests (killed between rename and digest) is complete, only unverified."""
+def _fault(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, "" for nothing.
+
+    One without digests (killed between rename and digest) is complete, only unverified.
+    """
     if not (folder / DIGEST).is_file():
-        return
+        return ""
     try:
         digest = json.loads((folder / DIGEST).read_text())
     except ValueError as error:
-        raise DamagedError(f"{DIGEST} is not JSON: {error}") from error
+        return f"{DIGEST} is not JSON: {error}"
     for name, (size, crc) in digest.items():
         path = folder / name
         if not path.is_file():
-            raise DamagedError(f"{name} is missing")
+            return f"{name} is missing"
         if path.stat().st_size != size:
-            raise DamagedError(f"{name} has {path.stat().st_size} bytes, not {size}")
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
         if _crc32(path) != crc:
-            raise DamagedError(f"{name} has changed since it was written (CRC-32)")
+            return f"{name} has changed since it was written (CRC-32)"
+    return ""
 
 
 def _crc32(path: Path) -> int:

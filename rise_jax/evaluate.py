@@ -16,6 +16,7 @@ from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
 from rise_jax.pipeline import Pipeline
+from rise_jax.processes import first_then_others, is_first
 from rise_jax.sheets import contact_sheet
 from rise_jax.step import make_eval_step
 from rise_jax.validate import validate
@@ -54,6 +55,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
         result |= {"zeroed_prompts": len(unheard)} | scene_scores(
             videos, unheard, heard.texts, source.scenes[: len(prompts)]
         )
+    if not is_first():
+        return 0
     write_json(workdir / "evaluation.json", result)
     write_png(workdir / "evaluation.png", contact_sheet(videos[:PICTURED], prompts[:PICTURED], heard.texts[:PICTURED]))
     _print(result, workdir)
@@ -114,7 +117,8 @@ def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int) -> dict
     """Denoising loss per time on held-out clips, with their own states, with another clip's, and with none."""
     size = min(batch_size, len(source))
     batch = next(make_loader(source, batch_size=size, seed=0, quarantine_file=workdir / "quarantine.jsonl"))
-    pairs = complete([source.texts[i] for i in batch["text"]], pipe.language, workdir / "captions-heldout.jsonl")
+    with first_then_others("held-out captions"):
+        pairs = complete([source.texts[i] for i in batch["text"]], pipe.language, workdir / "captions-heldout.jsonl")
     states, mask = pipe.language.teach(pairs)
     step = jax.jit(partial(_mean_loss, make_eval_step(pipe.model)))
     given = {

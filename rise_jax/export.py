@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from rise_jax.exported import write_export
@@ -13,6 +14,8 @@ def export(config: ConfigDict, workdir: Path) -> int:
 
     Raises FileExistsError where there is an export already, FileNotFoundError where there is no run.
     """
+    if jax.process_count() > 1:
+        raise ValueError(f"--mode=export runs in one process, this is one of {jax.process_count()}: start it alone")
     folder = workdir / "export"
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: remove it, or move it away, to export again")

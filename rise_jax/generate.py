@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from rise_jax import runs
 from rise_jax.pipeline import Output, Pipeline
+from rise_jax.processes import is_first
 from rise_jax.sheets import comparison_sheet, contact_sheet
 from rise_jax.validate import validate
 from rise_jax.video import write_file, write_png, write_video
@@ -38,6 +39,8 @@ def generate(config: ConfigDict, workdir: Path) -> int:
     prompts = read_prompts(config.sample.prompts)
     workdirs = read_workdirs(config.sample.beside, workdir)
     made = [_make(config, prompts, folder, number) for number, folder in enumerate(workdirs)]
+    if not is_first():
+        return 0
     samples = workdir / "samples"
     records = [record for run in made for record in _write(run, samples, prompts, config.data.fps)]
     write_file(

@@ -83,4 +83,5 @@ def _variables(atoms: Sequence) -> set[core.Var]:
 
 def _bytes(var: core.Var) -> int:
     aval = var.aval
-    return aval.size * aval.dtype.itemsize if hasattr(aval, "dtype") else 0
+    elsewhere = getattr(aval, "memory_space", None) == jax.memory.Space.Host  # offloaded
+    return 0 if elsewhere or not hasattr(aval, "dtype") else aval.size * aval.dtype.itemsize

@@ -19,6 +19,7 @@ from rise_jax.build import Model, language_from
 from rise_jax.condition_kinds import Condition
 from rise_jax.exported import read_export
 from rise_jax.language import Rephrasings
+from rise_jax.processes import gathered
 from rise_jax.published import load_vae, open_vae
 from rise_jax.validate import check_clip
 from rise_jax.video import to_uint8
@@ -104,7 +105,10 @@ class Pipeline:
         height=None,
         width=None,
     ) -> np.ndarray:
-        """Videos uint8 [B, T, H, W, 3] of states that are there already; settings as in `__call__`."""
+        """Videos uint8 [B, T, H, W, 3] of states that are there already; settings as in `__call__`.
+
+        Several processes each make a part, and all get all of it: all must call it, with the same arguments.
+        """
         given = dict(steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width)
         chosen = {name: self.config.sample[name] if value is None else value for name, value in given.items()}
         size = (chosen["frames"], chosen["height"], chosen["width"])
@@ -112,11 +116,12 @@ class Pipeline:
         if faults:
             raise ValueError("; ".join(faults))
         times = sampler.times_for(chosen["stepper"], chosen["steps"], self.model.shift)
-        limit = min(self.config.sample.batch_size, len(seeds))
+        ways, own = jax.process_count(), jax.process_index()
+        limit = min(self.config.sample.batch_size, -(-len(seeds) // ways))
         videos = []
-        for start in range(0, len(seeds), limit):
-            rows = np.arange(start, min(start + limit, len(seeds)))
-            padded = np.resize(rows, limit)
+        for start in range(0, len(seeds), limit * ways):
+            rows = np.arange(start, min(start + limit * ways, len(seeds)))
+            padded = np.resize(rows, (ways, limit))[own]
             video = self._sample(
                 self.params,
                 self.vae,
@@ -128,7 +133,7 @@ class Pipeline:
                 shape=self.model.latent_shape(size),
                 stepper=chosen["stepper"],
             )
-            videos.append(np.asarray(video)[: len(rows)])
+            videos.append(gathered(np.asarray(video))[: len(rows)])
         return np.concatenate(videos)
 
 
@@ -146,8 +151,8 @@ def open_run(workdir: Path) -> tuple[runs.Run, Condition, dict]:
 def make_videos(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):
     """States [B, L, d_llm] and their mask -> videos uint8 [B, T, H, W, 3]; pure, to be jitted.
 
-    `shape` is that of one video's latents: their noise comes from the seeds int32 [B] alone. `params` and `vae` as in Pipeline, `times`
-    and `stepper` as in sampler.py. One scan over the times, then decoding.
+    `shape` is that of one video's latents: their noise comes from the seeds int32 [B] alone. `params` and `vae` as in Pipeline,
+    `times` and `stepper` as in sampler.py. One scan over the times, then decoding.
     """
     noise = sampler.initial_noise(jax.random.key(0), seeds, shape)
     null = model.null(params)

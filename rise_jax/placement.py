@@ -99,7 +99,7 @@ def stream(abstract: dict, table: Mapping[str, Place], folder: TensorFolder, sha
     sources: dict[str, dict] = {}
     for name, place in table.items():
         sources.setdefault(place.path, {})[place.layer] = (name, place)
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = named_leaves(shardings) if shardings is not None else {}
     arrays = {}
     for path, leaf in sorted(named_leaves(abstract).items(), key=lambda item: -item[1].size * item[1].dtype.itemsize):

@@ -24,8 +24,6 @@ from rise_jax.trees import combine
 from rise_jax.validate import validate
 
 GIB, TERA, MILLION = 2**30, 1e12, 1e6
-BEFORE = ("VAE encoding", "text model's pass")  # over when the gradient begins
-SCORES = "attention scores, unless a kernel does attention"
 
 
 class Memory(NamedTuple):
@@ -54,7 +52,7 @@ def plan(config: ConfigDict, workdir: Path) -> int:
     """Prints the plan; the workdir is not touched. Raises ValueError for a config that cannot be run."""
     mesh = planned_mesh(**config.mesh)
     outlined = checked_outline(config)
-    check_batch(config.run.batch_size, mesh)
+    check_batch(config.run.batch_size, mesh, config.run.accumulate)
     print(describe(config, mesh, outlined, make_plan(config, mesh, outlined)), flush=True)
     return 0
 
@@ -89,9 +87,10 @@ def parameters(outlined: Outline) -> dict[str, tuple[int, int]]:
 
 
 def training_memory(config: ConfigDict, mesh: AbstractMesh, outlined: Outline) -> Memory:
-    """Of a training step of the whole batch on `mesh`."""
+    """Of a training step on `mesh`; `run.accumulate` parts of a batch go one after the other."""
     on_device = partial(bytes_per_device, mesh=mesh)
-    rows = config.run.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    accumulate = config.run.accumulate
+    rows = config.run.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * accumulate)
     state, frozen, batch, _ = step_arguments(config, outlined, rows)
     activations, scores = _activations(config, mesh, outlined, rows)
     kept = {
@@ -102,7 +101,7 @@ def training_memory(config: ConfigDict, mesh: AbstractMesh, outlined: Outline) -
     }
     video = jax.eval_shape(lambda video: video.astype(jnp.float32), batch["video"])
     phases = {
-        "gradients and activations": on_device(state.params) + activations,
+        "gradients and activations": on_device(state.params) * (1 if accumulate == 1 else 2) + activations,
         "VAE encoding": memory.peak_bytes(outlined.model.encode, outlined.vae, video),
     }
     if config.data.states == "in_step":
@@ -167,11 +166,11 @@ def _activations(config: ConfigDict, mesh: AbstractMesh, outlined: Outline, rows
     """(bytes per device, those of attention's scores among plain attention's) that the backward pass waits for."""
     kept = _kept(config, outlined, rows)
     within = memory.Bytes(0, 0)
-    if config.model.dit.get("remat", False):
-        plain = ConfigDict(config.to_dict())
-        plain.model.dit.remat = False
-        whole = _kept(plain, outline(plain), rows)
-        within = memory.Bytes(*(int((a - b) / config.model.dit.depth) for a, b in zip(whole, kept)))
+    if config.model.dit.remat != "none":
+        everything = ConfigDict(config.to_dict())
+        everything.model.dit.remat = "none"
+        whole = _kept(everything, outline(everything), rows)
+        within = memory.Bytes(*((a - b) // config.model.dit.depth for a, b in zip(whole, kept)))
     parts = mesh.shape["context"] * mesh.shape["tensor"]
     return kept.other // mesh.shape["context"] + within.other // parts, (kept.scores + within.scores) // parts
 
@@ -201,13 +200,12 @@ def describe(config: ConfigDict, mesh: AbstractMesh, outlined: Outline, made: Pl
         note = outlined.notes.get(name, "")
         lines.append(f"  {name:<44}{count / MILLION:12,.2f}{trained / MILLION:12,.2f} trained   {note}".rstrip())
     if outlined.native:
-        lines.append(
-            f"  native encoder, for the null condition alone: {_count(outlined.native) / MILLION:,.2f}, {outlined.notes['native encoder']}"
-        )
+        size, note = _count(outlined.native) / MILLION, outlined.notes["native encoder"]
+        lines.append(f"  once, on the host: the native encoder, for the null condition {size:12,.2f}   {note}")
     clip = f"{data.frames}x{data.height}x{data.width}"
     lines += [
         "",
-        f"memory per device in training, GiB: batch {run.batch_size} of {clip}",
+        f"memory per device in training, GiB: batch {run.batch_size} of {clip} in {run.accumulate} part(s), remat {config.model.dit.remat}",
         *_memory_lines(made.training),
     ]
     clip = f"{sample.frames}x{sample.height}x{sample.width}"

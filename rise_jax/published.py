@@ -18,6 +18,7 @@ from rise_jax.models.t5 import make_t5
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
 from rise_jax.placement import check, stream
+from rise_jax.sharding import put
 from rise_jax.trees import named_leaves, nested
 from rise_jax.weights_t5 import load_t5, text_ids
 from rise_jax.weights_wan import transformer_folder, wan_sizes, wan_table
@@ -80,7 +81,7 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
         origins = dict.fromkeys(leaves, f"file {folder.sha256()}")
     if "null/embedding" in wanted:
         value, origin = load_null(model)
-        leaves["null/embedding"] = jax.device_put(value, place({"null": value})["null"])
+        leaves["null/embedding"] = put(value, place({"null": value})["null"])
         origins["null/embedding"] = origin
     return leaves, origins
 

@@ -14,6 +14,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from rise_jax.throughput import Work, device_memory_gib
 from rise_jax.workdir import write_json
 
 # Without a terminal: one line every so many seconds instead of a bar.
@@ -27,11 +28,13 @@ class Report:
 
     `start_step`: updates made already. On resume, lines of later steps (after the restored checkpoint) are dropped, so
     metrics.jsonl has each step once. A step's number is the count of updates made with it: the first is 1.
+
+    `work`: with it, lines have the rates that the step's seconds make of it. All lines have the peaks of memory so far.
     """
 
-    def __init__(self, workdir: str | os.PathLike, total_steps: int, start_step: int = 0):
+    def __init__(self, workdir: str | os.PathLike, total_steps: int, start_step: int = 0, work: Work | None = None):
         self._active = jax.process_index() == 0
-        self._total = total_steps
+        self._total, self._work = total_steps, work
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._last_time = self._last_line = time.perf_counter()
         self._step_seconds, self._steps_seen = math.nan, 0
@@ -62,7 +65,9 @@ class Report:
         seconds, self._last_time = now - self._last_time, now
         self._step_seconds = self._smooth(seconds)
         if self._active:
-            self._write(step, {**values, "step_seconds": seconds})
+            rates = self._work.rates(seconds) if self._work else {}
+            memory = {"host_memory_gib": peak_memory_gib()} | device_memory_gib()
+            self._write(step, {**values, "step_seconds": seconds} | rates | memory)
         return values
 
     def pause(self) -> None:
@@ -84,7 +89,7 @@ class Report:
         self.close()
 
     def _smooth(self, seconds: float) -> float:
-        """The first step compiles, so the average starts again at the second."""
+        """The first step also fills caches and pipelines, so the average starts again at the second."""
         self._steps_seen += 1
         return seconds if self._steps_seen <= 2 else (1 - SMOOTHING) * self._step_seconds + SMOOTHING * seconds
 

@@ -18,6 +18,7 @@ from rise_jax.checkpoint import Checkpoints
 from rise_jax.language import differing, states_in_batch
 from rise_jax.models.adapter import calibrate_output
 from rise_jax.optim import make_optimizer
+from rise_jax.sharding import put
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
 
@@ -139,7 +140,7 @@ def initial_parameters(
     names = named_leaves(model.abstract)
     targets = named_leaves(place(model.abstract))
     leaves, origins = _from_run(source, config, llm, names) if source else ({}, {})
-    leaves = {name: jax.device_put(leaf, targets[name]) for name, leaf in leaves.items()}
+    leaves = {name: put(leaf, targets[name]) for name, leaf in leaves.items()}
     filed, filed_origins = published.load_leaves(config.model, model.abstract, names.keys() - leaves.keys(), place)
     leaves, origins = leaves | filed, origins | filed_origins
     new = [name for name in names if name not in leaves]
@@ -156,7 +157,7 @@ def initial_parameters(
         tree |= jax.jit(model.calibrate, out_shardings=place(part))(part, *heard)
         if config.model.calibrate:
             adapter = calibrate_output(tree["adapter"], *published.native_statistics(config.model))
-            tree["adapter"] = jax.device_put(adapter, place({"adapter": adapter})["adapter"])
+            tree["adapter"] = put(adapter, place({"adapter": adapter})["adapter"])
     return Parameters(tree, {name: origins[name] for name in names})
 
 
@@ -195,7 +196,7 @@ def abstract_state(trainable: dict, optimizer, sharding_of) -> TrainState:
 
 
 def _one_device(tree):
-    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
+    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), tree)
 
 
 def _placed(tree, place):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rise_jax.trees import path_name
@@ -80,15 +81,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError, naming the nearest sizes that fit, when the batch does not divide over data x fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> None:
+    """Raises ValueError, naming the nearest sizes that fit, when the `accumulate` parts of a batch do not divide over data x fsdp."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size < 1 or batch_size % ways:
         below = batch_size // ways * ways
         nearest = f"{below} or {below + ways}" if below > 0 else f"{ways}"
+        parts = f" times run.accumulate={accumulate}" if accumulate > 1 else ""
         raise ValueError(
             f"run.batch_size={batch_size} does not divide over mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']} = {ways} devices; nearest: {nearest}"
+            f"mesh.fsdp={mesh.shape['fsdp']} = {ways // accumulate} devices{parts}; nearest: {nearest}"
         )
 
 
@@ -108,6 +110,21 @@ def _checked(*sizes: int) -> tuple[dict[str, int], list[str]]:
     if len(free) > 1:
         raise ValueError(f"only one mesh axis may be -1; got {_describe(dict.fromkeys(free, -1))}")
     return named, free
+
+
+def put(tree: Any, targets: Any) -> Any:
+    """Arrays that every process holds whole -> arrays with the shardings `targets`, a tree like it; nothing is communicated.
+
+    (`jax.device_put` to other processes' devices gathers the values of all, to compare them.) Global arrays are moved as they are.
+    """
+
+    def place(leaf, target):
+        if target.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, target)
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
+
+    return jax.tree.map(place, tree, targets)
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:

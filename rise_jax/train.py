@@ -1,13 +1,14 @@
 """--mode=train: from a config to a trained run. One loop for every stage; it stops, resumes and ends here."""
 
+import itertools
 import logging
 import math
-import signal
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import runs
@@ -16,41 +17,50 @@ from rise_jax.checkpoint import Checkpoints
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
+from rise_jax.flops import step_flops
 from rise_jax.language import states_in_batch
+from rise_jax.loop import batches_on, compile_step, run_steps
+from rise_jax.models.remat import check_remat
 from rise_jax.optim import make_optimizer
+from rise_jax.processes import first_then_others, from_first, is_first, meet
 from rise_jax.published import load_vae
-from rise_jax.report import Report, peak_memory_gib, read_metrics, write_summary
-from rise_jax.sharding import check_batch, make_mesh, put_batch, shardings
+from rise_jax.report import peak_memory_gib, read_metrics, write_summary
+from rise_jax.sharding import check_batch, make_mesh, put, shardings
 from rise_jax.step import make_train_step, new_state
+from rise_jax.throughput import Work, device_memory_gib, peak_tflops
 from rise_jax.trees import partition, tree_sha256
 from rise_jax.validate import validate
-from rise_jax.workdir import check_workdir, lock_workdir, write_json
+from rise_jax.workdir import check_workdir, lock_workdir
 
 LOG = logging.getLogger(__name__)
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 HEARD = 256  # texts whose states calibrate a new adapter
 TAIL = 50  # steps in the final loss of the summary
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient was not a finite number; the parameters are those before that step."""
 
 
 def train(config: ConfigDict, workdir: Path) -> int:
     """Trains until `run.steps` and returns the exit code. A workdir with a checkpoint is continued, a finished one left alone."""
     validate(config)
+    with _claimed(config, workdir), Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints:
+        summarised = from_first((workdir / "summary.json").exists())
+        if summarised and max(checkpoints.steps(), default=-1) >= config.run.steps:
+            print(
+                f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."
+            )
+            return 0
+        return _run(config, workdir, checkpoints)
+
+
+@contextmanager
+def _claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
+    """The workdir with its lock and config; process 0 claims it for all of the run's processes."""
+    if not is_first():
+        meet("workdir")
+        yield
+        return
     with lock_workdir(workdir):
         check_workdir(workdir, config.to_dict())
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep)
-        try:
-            if max(checkpoints.steps(), default=-1) >= config.run.steps and (workdir / "summary.json").exists():
-                print(
-                    f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."
-                )
-                return 0
-            return _run(config, workdir, checkpoints)
-        finally:
-            checkpoints.close()
+        meet("workdir")
+        yield
 
 
 def find_start(init_from: str, preset: str) -> Path | None:
@@ -72,15 +82,16 @@ def find_start(init_from: str, preset: str) -> Path | None:
 
 def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     mesh = make_mesh(**config.mesh)
-    check_batch(config.run.batch_size, mesh)
+    check_batch(config.run.batch_size, mesh, config.run.accumulate)
+    check_remat(config.model.dit.get("remat", "none"), jax.local_devices()[0])
     source = open_source(**_source_settings(config))
     language = language_from(config.model)
+    table, frozen, heard = _conditions(config, workdir, source, language, mesh)
     with jax.set_mesh(mesh):
-        table, frozen, heard = _conditions(config, workdir, source, language, mesh)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
         model = model_from(config.model, language.width, states)
         vae, vae_identity = load_vae(config.model.vae.path)
-        frozen["vae"] = jax.device_put(vae, shardings(vae, mesh))
+        frozen["vae"] = put(vae, shardings(vae, mesh))
         optimizer = make_optimizer(
             config.optim.learning_rate,
             config.optim.warmup,
@@ -101,9 +112,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             ema=config.optim.ema,
             time_mean=config.optim.time_mean,
             time_std=config.optim.time_std,
+            accumulate=config.run.accumulate,
         )
-        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
         batches = make_loader(
             source,
             batch_size=config.run.batch_size,
@@ -116,7 +126,35 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             quarantine_file=workdir / "quarantine.jsonl",
         )
         _announce(config, source, start, state, frozen)
-        return _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta)
+        code = 0
+        if start < config.run.steps:
+            batches = batches_on(mesh, batches, table, start)
+            step_fn, batches, work = _ready(config, model, step_fn, state, frozen, batches)
+            code, state = run_steps(
+                config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, meta, work
+            )
+    if code == 0:
+        _finish(config, workdir, state)
+    return code
+
+
+def _ready(config, model, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:
+    """(compiled step, batches, what a step does); the step's state lies after it as before it, in the same memory."""
+    first = next(batches)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
+    compiled = compile_step(step_fn, state, frozen, first, jax.random.key(config.run.seed))
+    samples, *size = first["video"].shape[:4]
+    cells = math.prod(model.latent_shape(tuple(size))[:3])
+    work = Work(
+        samples=samples,
+        frames=samples * size[0],
+        tokens=samples * cells // math.prod(model.patch),
+        flops=step_flops(model, state.params, frozen, first),
+        devices=jax.device_count(),
+        peak=peak_tflops(jax.devices()[0].device_kind),
+    )
+    return compiled, itertools.chain([first], batches), work
 
 
 def _source_settings(config: ConfigDict) -> dict:
@@ -126,12 +164,15 @@ def _source_settings(config: ConfigDict) -> dict:
 
 def _conditions(config, workdir, source, language, mesh) -> tuple[dict, dict, tuple]:
     """(per-text rows that go with a batch, frozen inputs of the step, states and mask of some texts)."""
-    pairs = complete(source.texts, language, workdir / "captions.jsonl")
+    with first_then_others("captions"):
+        pairs = complete(source.texts, language, workdir / "captions.jsonl")
     if config.data.states == "cached":
-        states, mask = cached_states(pairs, language, workdir / "states.npz")
+        with first_then_others("states"):
+            states, mask = cached_states(pairs, language, workdir / "states.npz")
         return dict(states=states, states_mask=mask), {}, (states[:HEARD], mask[:HEARD])
-    llm = jax.device_put(language.params, shardings(language.params, mesh))
-    return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}, language.teach(pairs[:HEARD])
+    llm = put(language.params, shardings(language.params, mesh))
+    heard = from_first(language.teach(pairs[:HEARD]))
+    return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}, heard
 
 
 def _state(config, workdir, checkpoints, model, optimizer, identities, heard, mesh):
@@ -171,64 +212,22 @@ def _announce(config, source, start, state, frozen) -> None:
     )
 
 
-def _loop(config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, table, meta) -> int:
-    key = jax.random.key(config.run.seed)
-    stop = _Signals()
-    numbers = None  # of the samples whose metrics are still on the device
-    with stop, Report(workdir, config.run.steps, start) as report:
-        for step in range(start, config.run.steps):
-            began = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - began
-            state, metrics = step_fn(state, frozen, _on_mesh(batch, table, step, mesh), key)
-            _check_finite(report.log(step + 1, metrics | {"data_seconds": waited}), step, numbers, workdir)
-            numbers = batch["index"]
-            last = stop.seen or step + 1 == config.run.steps
-            if last or (step + 1) % config.run.save_every == 0:
-                _check_finite(report.flush(), step + 1, numbers, workdir)
-                checkpoints.save(step + 1, state, meta)
-                report.pause()
-            if stop.seen:
-                checkpoints.wait()
-                print(f"stopped by {stop.seen} after step {step + 1}, saved; the same command continues", flush=True)
-                return EXIT_STOPPED
-    checkpoints.wait()
-    _finish(config, workdir, state)
-    return 0
-
-
-def _on_mesh(batch: dict, table: dict, step: int, mesh) -> dict:
-    rows = {name: array[batch["text"]] for name, array in table.items()}
-    kept = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.int32)}
-    return put_batch(kept | rows, mesh) | {"step": np.int32(step)}
-
-
-def _check_finite(metrics: dict | None, step: int, numbers, workdir: Path) -> None:
-    if metrics is None or metrics["finite"]:
-        return
-    record = {
-        "step": step,
-        "samples": numbers.tolist(),
-        "loss": str(metrics["loss"]),
-        "grad_norm": str(metrics["grad_norm"]),
-    }
-    write_json(workdir / "nonfinite.json", record)
-    raise NonFiniteError(
-        f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}: stopped before the update. "
-        f"The batch's samples are in {workdir / 'nonfinite.json'}; the last checkpoint is good."
-    )
-
-
 def _finish(config, workdir: Path, state) -> None:
+    hashes = {
+        "params_sha256": tree_sha256(state.params),
+        "ema_sha256": tree_sha256(state.ema),
+    }  # of all processes' parts
+    if not is_first():
+        return
     lines = read_metrics(workdir)
     losses = [line["loss"] for line in lines[-TAIL:]]
     summary = {
         "steps": config.run.steps,
         "final_loss": math.fsum(losses) / len(losses),
         "seconds": math.fsum(line["step_seconds"] for line in lines),
-        "params_sha256": tree_sha256(state.params),
-        "ema_sha256": tree_sha256(state.ema),
+        **hashes,
         "peak_memory_gib": peak_memory_gib(),
+        **device_memory_gib(),
     }
     write_summary(workdir, summary)
     print(
@@ -241,22 +240,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
-
-
-class _Signals:
-    """While active, SIGTERM and SIGINT only set `seen`; a second one acts as usual."""
-
-    def __init__(self):
-        self.seen = ""
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        self.seen = signal.Signals(number).name
-        signal.signal(number, self._before[number])

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 def path_name(key_path: tuple) -> str:
@@ -71,14 +72,20 @@ def nearest_paths(pattern: str, names: Sequence[str], count: int = 3) -> list[st
 
 def tree_sha256(tree: Any) -> str:
     """SHA-256 over the leaves in sorted path order: each adds path, dtype, shape ('2,3') with a zero byte after each of
-    the three, then the little-endian C-order bytes of its fp32 value. Leaves come to the host one at a time."""
+    the three, then the little-endian C-order bytes of its fp32 value. Leaves come to the host one at a time; those spread over
+    several processes are first gathered on every device, so all processes must call it."""
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(tree).items()):
-        value = np.asarray(leaf)
+        value = _on_host(leaf)
         shape = ",".join(str(size) for size in value.shape)
         digest.update(b"".join(f"{part}\0".encode() for part in (name, value.dtype.name, shape)))
         digest.update(np.ascontiguousarray(value.astype("<f4")).tobytes())
     return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    return np.asarray(leaf) if whole else multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _insert(tree: dict, name: str, leaf: Any) -> None:

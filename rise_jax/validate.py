@@ -11,9 +11,11 @@ from ml_collections import ConfigDict
 from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
+from rise_jax.models.remat import REMAT
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
 from rise_jax.optim import KINDS as OPTIMIZERS
+from rise_jax.profiling import window_fault
 from rise_jax.published import dit_faults, open_vae
 from rise_jax.sampler import STEPPERS
 
@@ -21,7 +23,8 @@ from rise_jax.sampler import STEPPERS
 def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
     """Raises one ValueError that lists every fault of the config. `vae` stands in for the one at `model.vae.path`."""
     vae = vae or open_vae(config.model.vae.path)
-    faults = [*_choices(config), *_ranges(config), *_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
+    faults = [*_choices(config), *_ranges(config), *_run_parts(config.run)]
+    faults += [*_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
 
@@ -51,6 +54,7 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
+        "model.dit.remat": (config.model.dit.get("remat", "none"), REMAT),
         "model.prediction": (config.model.prediction, PREDICTIONS),
         "optim.kind": (config.optim.kind, OPTIMIZERS),
         "data.states": (config.data.states, ("cached", "in_step")),
@@ -64,7 +68,7 @@ def _choices(config: ConfigDict) -> Iterable[str]:
 
 def _ranges(config: ConfigDict) -> Iterable[str]:
     at_least_one = {
-        "run": ("steps", "batch_size", "save_every", "keep"),
+        "run": ("steps", "batch_size", "accumulate", "save_every", "keep"),
         "sample": ("steps", "batch_size", "count"),
     }
     for group, names in at_least_one.items():
@@ -92,6 +96,13 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
     ):
         if value < 0:
             yield f"{key}={value} must be at least 0"
+
+
+def _run_parts(run: ConfigDict) -> Iterable[str]:
+    if run.accumulate > 0:
+        yield from _divides("run.batch_size", run.batch_size, f"run.accumulate={run.accumulate}", run.accumulate)
+    if fault := window_fault(run.profile, run.steps):
+        yield fault
 
 
 def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:

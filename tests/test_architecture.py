@@ -20,7 +20,19 @@ PYTHON = sorted(
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
     ("axes", "trees", "version"),
-    ("models.layers", "flow", "optim", "sharding", "checkpoint", "report", "text", "video", "sheets", "workdir"),
+    (
+        "models.layers",
+        "models.remat",
+        "flow",
+        "optim",
+        "sharding",
+        "checkpoint",
+        "report",
+        "text",
+        "video",
+        "sheets",
+        "workdir",
+    ),
     ("models", "data"),
     (
         "unipc",
@@ -45,6 +57,7 @@ LAYERS = (
     ("metrics", "pixel_rules"),
     ("build", "step", "runs", "validate", "exported", "known_sizes", "outline", "flops", "memory"),
     ("pipeline", "rise_jax"),
+    ("loop",),
     ("train", "generate", "evaluate", "export", "plan"),
     ("main",),
 )
@@ -53,6 +66,7 @@ LONGER = {}  # path: why it is one concept all the same
 READS_CONFIG = {
     "main",
     "train",
+    "loop",
     "generate",
     "evaluate",
     "export",

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -107,6 +108,34 @@ def test_a_state_that_is_donated_right_after_the_save_is_saved_as_it_was(tmp_pat
         state = advance(state)
     checkpoints.close()
     assert_same(Checkpoints(tmp_path).restore(abstract(make_state(0, 1024)))[1], make_state(1, 1024))
+
+
+def test_digests_are_written_while_the_caller_goes_on(tmp_path, monkeypatch):
+    """Reading the files is held up: save() returns all the same, and wait() does not until it is over."""
+    held = threading.Event()
+    rescue = threading.Timer(60, held.set)  # so that a save that waits fails instead of hanging
+    rescue.start()
+    monkeypatch.setattr("rise_jax.checkpoint._crc32", lambda path: held.wait() and 0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    assert not held.is_set() and not (tmp_path / "1" / "digest.json").exists()
+    held.set()
+    checkpoints.wait()
+    assert (tmp_path / "1" / "digest.json").exists()
+    rescue.cancel()
+    checkpoints.close()
+
+
+def test_a_digest_that_cannot_be_written_is_told_by_the_next_wait(tmp_path, monkeypatch):
+    def fails(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rise_jax.checkpoint._crc32", fails)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    with pytest.raises(OSError, match="cannot write checkpoint .*/1: .*No space left on device"):
+        checkpoints.wait()
+    checkpoints.close()
 
 
 def cut(path):

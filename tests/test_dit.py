@@ -1,3 +1,5 @@
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,16 +70,48 @@ def test_the_last_coordinates_grow_with_time_where_things_move_down_or_right():
     np.testing.assert_array_equal(right[:, 0], down[:, :, 0])
 
 
-@pytest.mark.parametrize("option", ["remat", "unroll"])
-def test_remat_and_unroll_change_no_gradient(option):
+def test_unroll_changes_no_gradient():
     config, graph, params = tiny()
-    remat_graph, _ = build(**config | {option: True})
+    other_graph, _ = build(**config | {"unroll": True})
     latents, t, context = make_inputs(context_length=3, **config)
     gradients = [
         jax.jit(jax.grad(lambda params, graph=g: jnp.sum(forward(graph, params, latents, t, context) ** 2)))(params)
-        for g in (graph, remat_graph)
+        for g in (graph, other_graph)
     ]
     assert max(jax.tree.leaves(jax.tree.map(relative, *gradients))) < 1e-5
+
+
+def test_bfloat16_leaves_the_islands_of_wan_in_float32():
+    """diffusers keeps time embedder, modulation, norms and rotation in fp32 (`_keep_in_fp32_modules`); softmax is ours to keep."""
+    config, _, params = tiny()
+    graph, _ = build(**config | {"dtype": jnp.bfloat16})
+    latents, t, context = make_inputs(context_length=3, **config)
+    width = config["heads"] * config["head_width"]
+    trace = jax.make_jaxpr(lambda params: forward(graph, params, latents, t, context))(params)
+    dtypes, products = collections.defaultdict(set), collections.defaultdict(set)
+    for equation in equations(trace.jaxpr):
+        first, *others = [variable.aval for variable in equation.invars] or [None]
+        if equation.primitive.name == "dot_general" and others[0].ndim == 2:
+            products[others[0].shape].add(others[0].dtype.name)
+        elif first is not None:
+            dtypes[equation.primitive.name].add(first.dtype.name)
+    for name in ("rsqrt", "cos", "sin", "exp"):
+        assert dtypes[name] == {"float32"}, name
+    patch, mlp, text = 4 * 4, config["mlp_width"], config["d_ctx"]
+    assert products.pop((width, width)) == {"float32", "bfloat16"}  # time, and everything else
+    assert {shape for shape, found in products.items() if found == {"float32"}} == {(256, width), (width, 6 * width)}
+    assert {shape for shape, found in products.items() if found == {"bfloat16"}} == {
+        *((patch, width), (text, width), (width, mlp), (mlp, width), (width, patch))
+    }
+
+
+def equations(program):
+    """Every equation of a trace, those of inner programs too."""
+    for equation in program.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from equations(getattr(value, "jaxpr", value))
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3), (1, 1, 1)])

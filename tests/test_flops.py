@@ -182,7 +182,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_counts_what_its_gradient_computes(stage):
     """Counted on the program that JAX's own gradient makes, where nothing is computed twice (no remat)."""
-    plain, again = model(low_rank=2), model(low_rank=2, remat=True)
+    plain, again = model(low_rank=2), model(low_rank=2, remat="blocks")
     trainable, rest = partition(plain.abstract, STAGES[stage])
     frozen = {"params": rest, "vae": {}}
 

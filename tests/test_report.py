@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rise_jax.report import Report, peak_memory_gib, read_metrics, write_summary
+from rise_jax.throughput import Work
 
 tensorboard = pytest.importorskip("tensorboardX")
 
@@ -21,6 +22,17 @@ def test_each_step_has_one_line_with_its_values(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["loss"] for line in lines] == [0.5, 1.0, 1.5]
     assert all(line["rate"] == 0.5 and line["step_seconds"] >= 0 for line in lines)
+
+
+def test_a_line_has_the_rates_of_its_step_and_the_memory_so_far(tmp_path):
+    work = Work(samples=4, frames=36, tokens=72, flops=8 * 10**12, devices=2, peak=10.0)
+    with Report(tmp_path, 1, 0, work) as report:
+        report.log(1, {"loss": 1.0})
+    (line,) = read_metrics(tmp_path)
+    seconds = line["step_seconds"]
+    assert {name: line[name] for name in work.rates(seconds)} == work.rates(seconds)
+    assert 0 < line["host_memory_gib"] <= peak_memory_gib()
+    assert "device_memory_gib" not in line, "a CPU does not say"
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):

@@ -113,3 +113,6 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_sizes():
         check_batch(12, mesh)
     with pytest.raises(ValueError, match="nearest: 8"):
         check_batch(3, mesh)
+    check_batch(32, mesh, accumulate=2)
+    with pytest.raises(ValueError, match="= 8 devices times run.accumulate=2; nearest: 16 or 32"):
+        check_batch(24, mesh, accumulate=2)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -14,10 +15,11 @@ from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.scenes import ScenesSource
 from rise_jax.language import Language, states_in_batch
+from rise_jax.loop import NonFiniteError
 from rise_jax.optim import make_optimizer
 from rise_jax.runs import initial_parameters
 from rise_jax.step import make_train_step, new_state
-from rise_jax.train import NonFiniteError, find_start, train
+from rise_jax.train import find_start, train
 
 
 @pytest.fixture
@@ -62,10 +64,14 @@ def lines(workdir, name):
     return [json.loads(line)[name] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_texts(tmp_path):
+def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_texts(tmp_path, capsys):
     """Its losses are those of these lines, which know no mesh, cache or checkpoint."""
     config = tiny_config(1, write_llm(tmp_path / "llm"), run__batch_size=8, run__steps=3, optim__learning_rate=0.05)
+    config.run.profile = "1:2"
     assert train(config, tmp_path / "run") == 0
+    assert re.search(r"^compiled the step in \d+\.\d s$", capsys.readouterr().out, re.MULTILINE)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert_rates_of_eight_images_of_four_tokens(tmp_path / "run")
     optim, language = config.optim, Language(**config.model.llm)
     source = ScenesSource(num_texts=6, frames=1, height=16, width=16)
     states, mask = language.teach(complete(source.texts, language, tmp_path / "captions.jsonl"))
@@ -82,6 +88,19 @@ def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_t
         state, metrics = step_fn(state, {"params": {}, "vae": {}}, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(lines(tmp_path / "run", "loss"), losses, rtol=1e-4)
+
+
+def assert_rates_of_eight_images_of_four_tokens(workdir):
+    seconds = np.array(lines(workdir, "step_seconds"))
+    for name, amount in (("samples", 8), ("frames", 8), ("tokens", 32)):
+        np.testing.assert_allclose(seconds * lines(workdir, f"{name}_per_second"), amount)
+    flops = seconds * lines(workdir, "tflops_per_device") * jax.device_count() * 1e12
+    np.testing.assert_allclose(flops, flops[0])
+    assert flops[0] > 3 * 8 * 2 * 4 * 2 * (
+        6 * 24**2 + 2 * 24 * 32
+    )  # two blocks' products of video tokens with weights, thrice
+    assert min(lines(workdir, "host_memory_gib")) > 0 and min(lines(workdir, "data_seconds")) >= 0
+    assert "mfu" not in (workdir / "metrics.jsonl").read_text()
 
 
 def test_a_run_that_diverges_stops_and_names_the_batch(tmp_path):

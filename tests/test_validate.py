@@ -23,6 +23,12 @@ FAULTS = {
     "sample__stepper": ("eular", "nearest: euler"),
     "optim__kind": ("moun", "nearest: muon"),
     "run__steps": (0, "run.steps=0 must be at least 1"),
+    "run__accumulate": (3, "run.batch_size=4 is not a multiple of run.accumulate=3; nearest: 3"),
+    "run__profile": ("2:9", "run.profile='2:9' needs START < STOP <= run.steps=4; nearest: '2:4'"),
+    "model__dit__remat": (
+        "block",
+        "model.dit.remat='block' is unknown .nearest: blocks.; valid: none, dots, blocks, offload",
+    ),
     "optim__drop": (1.5, r"optim.drop=1.5 must lie in \[0, 1\]; nearest: 1"),
     "data__fps": (0.0, "data.fps=0.0 must be above 0"),
     "sample__seed": (-1, "sample.seed=-1"),

@@ -10,13 +10,14 @@ CONFIG = {"run": {"steps": 10, "seed": 0, "keep": 2}, "mesh": {"data": -1}, "dat
 
 
 def changed(**groups):
-    return {group: {**keys, **groups.get(group, {})} for group, keys in CONFIG.items()}
+    return {group: {**CONFIG.get(group, {}), **groups.get(group, {})} for group in {**CONFIG, **groups}}
 
 
 def test_the_same_config_and_free_keys_pass(tmp_path):
     check_workdir(tmp_path, CONFIG)
     check_workdir(tmp_path, CONFIG)
-    longer = changed(run={"steps": 20, "keep": 5}, mesh={"data": 2}, data={"workers": 4})
+    run = {"steps": 20, "keep": 5, "accumulate": 2, "profile": "1:3"}
+    longer = changed(run=run, model={"dit": {"remat": "blocks"}}, mesh={"data": 2}, data={"workers": 4})
     check_workdir(tmp_path, longer)
     check_workdir(tmp_path, longer)
 

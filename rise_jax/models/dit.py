@@ -143,6 +143,7 @@ class Block(nnx.Module):
 class DiT(nnx.Module):
     """Sizes: width = heads * head width, head width even; latents' F, H, W multiples of `patch`.
 
+    `remat`, one of remat.REMAT, says what blocks keep for the backward pass; no number changes.
     `low_rank` > 0 gives the projections of self-attention a correction of that rank (layers.LowRankLinear).
 
     `coordinates` appends the place of every cell to the latents as channels, which Wan's own text-to-video weights do not
@@ -163,7 +164,7 @@ class DiT(nnx.Module):
         patch: tuple[int, int, int],
         text_len: int,
         eps: float = 1e-6,
-        remat: bool = False,
+        remat: str = "none",
         unroll: bool = False,
         coordinates: bool = False,
         low_rank: int = 0,

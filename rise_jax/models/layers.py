@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rise_jax.axes import Array, Bool, Float, typed
+from rise_jax.models.remat import recomputed
 
 
 def stack(make: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -16,12 +17,12 @@ def stack(make: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Mo
 
 
 def scan_blocks(
-    blocks: nnx.Module, call: Callable, carry, per_layer=None, *, remat: bool = False, unroll: bool = False
+    blocks: nnx.Module, call: Callable, carry, per_layer=None, *, remat: str = "none", unroll: bool = False
 ):
     """Runs stacked `blocks` in order: `call(block, carry, slice_of_per_layer) -> (carry, output)`.
 
-    Returns (carry, outputs stacked over layers). `remat` recomputes each block in the backward pass. `unroll` writes the
-    blocks out one after the other: longer to compile, but nothing is copied in and out of stacks (a CPU's bottleneck).
+    Returns (carry, outputs stacked over layers). `remat` says what the backward pass computes again (remat.py). `unroll` writes
+    the blocks out one after the other: longer to compile, but nothing is copied in and out of stacks (a CPU's bottleneck).
     """
     graph, params = nnx.split(blocks)
 
@@ -29,8 +30,7 @@ def scan_blocks(
         block_params, extra = layer
         return call(nnx.merge(graph, block_params), carry, extra)
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    return jax.lax.scan(body, carry, (params, per_layer), unroll=unroll)
+    return jax.lax.scan(recomputed(body, remat), carry, (params, per_layer), unroll=unroll)
 
 
 class LowRankLinear(nnx.Linear):
