@@ -189,38 +189,29 @@ def describe(config: ConfigDict, mesh: AbstractMesh, outlined: Outline, made: Pl
     """The plan as text."""
     run, sample, data = config.run, config.sample, config.data
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    open_axes = [f"mesh.{name}=-1 counts as 1" for name, size in config.mesh.items() if size == -1]
-    lines = [
-        f"{run.stage}, preset {run.preset}; mesh: {axes}: {mesh.size} device(s) {' '.join(open_axes)}".rstrip(),
-        "",
-        "parameters, millions",
-    ]
-    totals = tuple(map(sum, zip(*made.parameters.values())))
-    for name, (count, trained) in (made.parameters | {"all": totals}).items():
-        note = outlined.notes.get(name, "")
-        lines.append(f"  {name:<44}{count / MILLION:12,.2f}{trained / MILLION:12,.2f} trained   {note}".rstrip())
+    filled = [f"; mesh.{name}=-1 counts as 1" for name, size in config.mesh.items() if size == -1]
+    clip, video = (f"{group.frames}x{group.height}x{group.width}" for group in (data, sample))
+    parts = f"batch {run.batch_size} of {clip} in {run.accumulate} part(s), remat {config.model.dit.remat}"
+    blocks = {
+        f"{run.stage}, preset {run.preset}; mesh {axes}: {mesh.size} device(s){''.join(filled)}": [],
+        "parameters, millions": _parameter_lines(outlined, made.parameters),
+        f"memory per device in training, GiB: {parts}": _memory_lines(made.training),
+        f"memory in use, GiB: one device, {sample.batch_size} video(s) of {video} at a time": _memory_lines(made.use),
+        "operations per training step, TFLOP, all devices together": _flop_lines(made.step),
+        f"operations per video, TFLOP: {video}, {sample.steps} steps of {sample.stepper}": _flop_lines(made.video),
+    }
+    return "\n\n".join("\n".join([title, *lines]) for title, lines in blocks.items())
+
+
+def _parameter_lines(outlined: Outline, parts: dict[str, tuple[int, int]]) -> list[str]:
+    lines = []
+    for name, sizes in (parts | {"all": tuple(map(sum, zip(*parts.values())))}).items():
+        count, trained = (size / MILLION for size in sizes)
+        lines.append(f"  {name:<24}{count:12,.2f}{trained:12,.2f} trained   {outlined.notes.get(name, '')}".rstrip())
     if outlined.native:
         size, note = _count(outlined.native) / MILLION, outlined.notes["native encoder"]
-        lines.append(f"  once, on the host: the native encoder, for the null condition {size:12,.2f}   {note}")
-    clip = f"{data.frames}x{data.height}x{data.width}"
-    lines += [
-        "",
-        f"memory per device in training, GiB: batch {run.batch_size} of {clip} in {run.accumulate} part(s), remat {config.model.dit.remat}",
-        *_memory_lines(made.training),
-    ]
-    clip = f"{sample.frames}x{sample.height}x{sample.width}"
-    lines += [
-        "",
-        f"memory in use, GiB: one device, {sample.batch_size} video(s) of {clip} at a time",
-        *_memory_lines(made.use),
-    ]
-    lines += ["", f"operations per training step, TFLOP, all {mesh.size} device(s)", *_flop_lines(made.step)]
-    lines += [
-        "",
-        f"operations per video, TFLOP: {clip}, {sample.steps} steps of {sample.stepper}, guided",
-        *_flop_lines(made.video),
-    ]
-    return "\n".join(lines)
+        lines.append(f"  {'native encoder':<24}{size:12,.2f}   once, on the host, for the null condition; {note}")
+    return lines
 
 
 def _memory_lines(made: Memory) -> list[str]:
