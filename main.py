@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from rise_jax import processes
 
-MODES = ("train", "generate", "evaluate", "export")
+MODES = ("train", "generate", "evaluate", "export", "plan")
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/stage0.py, stage1.py or stage2.py, each with [:PRESET]", lock_config=True
@@ -82,8 +82,10 @@ def _mode(name: str):
         from rise_jax.generate import generate as function
     elif name == "evaluate":
         from rise_jax.evaluate import evaluate as function
-    else:
+    elif name == "export":
         from rise_jax.export import export as function
+    else:
+        from rise_jax.plan import plan as function
     return function
 
 

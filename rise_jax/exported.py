@@ -80,7 +80,7 @@ def read_export(folder: Path, llm: str | None = None) -> Export:
     card = _read_card(folder)
     config = _config(card, folder)
     _refuse_missing(folder, config.model.vae.path)
-    if faults := dit_faults(config.model):
+    if faults := dit_faults(config.model, open_vae(config.model.vae.path).channels):
         raise ValueError(f"the parts of {folder} do not belong together:\n" + "\n".join(f"  {x}" for x in faults))
     settings = config.model[CONDITIONS[config.model.condition].group]
     settings.path = llm or settings.path

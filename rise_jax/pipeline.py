@@ -20,7 +20,7 @@ from rise_jax.condition_kinds import Condition
 from rise_jax.exported import read_export
 from rise_jax.language import Rephrasings
 from rise_jax.processes import gathered
-from rise_jax.published import load_vae
+from rise_jax.published import load_vae, open_vae
 from rise_jax.validate import check_clip
 from rise_jax.video import to_uint8
 
@@ -41,7 +41,7 @@ class Pipeline:
         """`params` are the model's parameters, `vae` those of its VAE."""
         self.model, self.language, self.config = model, language, config
         self.params, self.vae = jax.device_put(params), jax.device_put(vae)
-        self._sample = jax.jit(partial(_sample, model), static_argnames=("shape", "stepper"))
+        self._sample = jax.jit(partial(make_videos, model), static_argnames=("shape", "stepper"))
 
     @classmethod
     def from_run(cls, workdir: str | Path) -> "Pipeline":
@@ -112,7 +112,7 @@ class Pipeline:
         given = dict(steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width)
         chosen = {name: self.config.sample[name] if value is None else value for name, value in given.items()}
         size = (chosen["frames"], chosen["height"], chosen["width"])
-        faults = check_clip(*size, self.model.patch, self.config.model.vae.path, "sample")
+        faults = check_clip(*size, self.model.patch, open_vae(self.config.model.vae.path), "sample")
         if faults:
             raise ValueError("; ".join(faults))
         times = sampler.times_for(chosen["stepper"], chosen["steps"], self.model.shift)
@@ -148,8 +148,12 @@ def open_run(workdir: Path) -> tuple[runs.Run, Condition, dict]:
     return run, language, vae
 
 
-def _sample(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):
-    """Noise from the seeds alone, one scan over `times`, decoded to uint8."""
+def make_videos(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):
+    """States [B, L, d_llm] and their mask -> videos uint8 [B, T, H, W, 3]; pure, to be jitted.
+
+    `shape` is that of one video's latents: their noise comes from the seeds int32 [B] alone. `params` and `vae` as in Pipeline,
+    `times` and `stepper` as in sampler.py. One scan over the times, then decoding.
+    """
     noise = sampler.initial_noise(jax.random.key(0), seeds, shape)
     null = model.null(params)
 

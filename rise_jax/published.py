@@ -43,8 +43,9 @@ def load_vae(path: str) -> tuple[dict, dict]:
     return loaded.params, {"sha256": loaded.source.sha256()}
 
 
-def dit_faults(model: ConfigDict) -> list[str]:
-    """Where the DiT that `model.dit.path` names differs from the config's sizes, adapter and VAE; none for an empty path.
+def dit_faults(model: ConfigDict, channels: int) -> list[str]:
+    """Where the DiT that `model.dit.path` names differs from the config's sizes, adapter and its VAE's `channels`; none for an
+    empty path.
 
     Raises FileNotFoundError or ValueError for a folder that holds no DiT of this architecture.
     """
@@ -55,7 +56,7 @@ def dit_faults(model: ConfigDict) -> list[str]:
     row = {"coordinates": False} | model.dit.to_dict()
     asked = {f"model.dit.{name}": (value, sizes[name]) for name, value in row.items() if name not in RUNTIME}
     asked["model.adapter.d_ctx"] = model.adapter.d_ctx, sizes["d_ctx"]
-    asked[f"channels of model.vae.path={model.vae.path}"] = open_vae(model.vae.path).channels, sizes["channels"]
+    asked[f"channels of model.vae.path={model.vae.path}"] = channels, sizes["channels"]
     return [
         f"{name}={value}, but {sizes_there} in {model.dit.path}"
         for name, (value, sizes_there) in asked.items()

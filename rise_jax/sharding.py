@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rise_jax.trees import path_name
 
@@ -34,13 +34,7 @@ def make_mesh(
     Raises ValueError with both numbers, and the nearest choice that fits, when the sizes do not fill the devices.
     """
     devices = list(devices or jax.devices())
-    sizes = dict(zip(AXES, (data, fsdp, context, tensor)))
-    wrong = {name: size for name, size in sizes.items() if size < 1 and size != -1}
-    if wrong:
-        raise ValueError(f"mesh sizes must be >= 1, or -1 to fill from the devices; got {_describe(wrong)}")
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ValueError(f"only one mesh axis may be -1; got {_describe(dict.fromkeys(free, -1))}")
+    sizes, free = _checked(data, fsdp, context, tensor)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (not free and fixed != len(devices)):
         raise ValueError(_misfit(sizes, fixed, len(devices)))
@@ -51,7 +45,23 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def planned_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
+    """The mesh of as many devices as the sizes multiply to, none of which has to be here; a size of -1 counts as 1.
+
+    Raises ValueError for sizes below 1, and for more than one of -1.
+    """
+    sizes, _ = _checked(data, fsdp, context, tensor)
+    filled = tuple(1 if size == -1 else size for size in sizes.values())
+    return AbstractMesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+    """What one device holds of a tree (arrays or ShapeDtypeStructs) placed by `shardings`."""
+    held = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(held, tree, shardings(tree, mesh))))
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The tree's leaves (arrays or ShapeDtypeStructs) as NamedShardings by RULES; leaves without a rule are replicated.
 
     An array axis that the mesh axis does not divide stays whole.
@@ -71,7 +81,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> None:
     """Raises ValueError, naming the nearest sizes that fit, when the `accumulate` parts of a batch do not divide over data x fsdp."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size < 1 or batch_size % ways:
@@ -90,6 +100,18 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
+def _checked(*sizes: int) -> tuple[dict[str, int], list[str]]:
+    """(size of every axis, the axes to be filled: one at most)"""
+    named = dict(zip(AXES, sizes))
+    wrong = {name: size for name, size in named.items() if size < 1 and size != -1}
+    if wrong:
+        raise ValueError(f"mesh sizes must be >= 1, or -1 to fill from the devices; got {_describe(wrong)}")
+    free = [name for name, size in named.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"only one mesh axis may be -1; got {_describe(dict.fromkeys(free, -1))}")
+    return named, free
+
+
 def put(tree: Any, targets: Any) -> Any:
     """Arrays that every process holds whole -> arrays with the shardings `targets`, a tree like it; nothing is communicated.
 
@@ -105,7 +127,7 @@ def put(tree: Any, targets: Any) -> Any:
     return jax.tree.map(place, tree, targets)
 
 
-def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     for pattern, axes in RULES:
         if re.search(pattern, name) and len(shape) >= len(axes):
             trailing = shape[len(shape) - len(axes) :]

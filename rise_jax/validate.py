@@ -12,33 +12,37 @@ from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
 from rise_jax.models.remat import REMAT
+from rise_jax.models.vae import Pixels
+from rise_jax.models.wan_vae import WanVAE
 from rise_jax.optim import KINDS as OPTIMIZERS
 from rise_jax.profiling import window_fault
 from rise_jax.published import dit_faults, open_vae
 from rise_jax.sampler import STEPPERS
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises one ValueError that lists every fault of the config."""
+def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
+    """Raises one ValueError that lists every fault of the config. `vae` stands in for the one at `model.vae.path`."""
+    vae = vae or open_vae(config.model.vae.path)
     faults = [*_choices(config), *_ranges(config), *_run_parts(config.run)]
-    faults += [*_model_sizes(config.model), *_clip_sizes(config)]
+    faults += [*_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
-def check_clip(frames: int, height: int, width: int, patch: tuple[int, int, int], vae: str, where: str) -> list[str]:
+def check_clip(
+    frames: int, height: int, width: int, patch: tuple[int, int, int], vae: Pixels | WanVAE, where: str
+) -> list[str]:
     """Faults of a clip size for a model; `where` is the config group it stands in, 'data' or 'sample'."""
-    coder = open_vae(vae)
     faults = []
-    if frames < 1 or frames % coder.time_stride != 1:
-        near = max(coder.time_stride * round((frames - 1) / coder.time_stride), 0) + 1
-        faults.append(f"{where}.frames={frames} is not {coder.time_stride}n+1; nearest: {near}")
+    if frames < 1 or frames % vae.time_stride != 1:
+        near = max(vae.time_stride * round((frames - 1) / vae.time_stride), 0) + 1
+        faults.append(f"{where}.frames={frames} is not {vae.time_stride}n+1; nearest: {near}")
     for name, size, cells in (("height", height, patch[1]), ("width", width, patch[2])):
         faults += _divides(
             f"{where}.{name}",
             size,
-            f"the patch times the VAE's stride, {cells} x {coder.space_stride}",
-            cells * coder.space_stride,
+            f"the patch times the VAE's stride, {cells} x {vae.space_stride}",
+            cells * vae.space_stride,
         )
     return faults
 
@@ -101,9 +105,9 @@ def _run_parts(run: ConfigDict) -> Iterable[str]:
         yield fault
 
 
-def _model_sizes(model: ConfigDict) -> Iterable[str]:
+def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
     dit, adapter = model.dit, model.adapter
-    yield from dit_faults(model)
+    yield from dit_faults(model, vae.channels)
     yield from _divides("model.dit.width", dit.width, f"model.dit.heads={dit.heads}", dit.heads)
     if dit.width % dit.heads == 0 and dit.width // dit.heads % 2:
         yield (
@@ -129,10 +133,10 @@ def _model_sizes(model: ConfigDict) -> Iterable[str]:
         )
 
 
-def _clip_sizes(config: ConfigDict) -> Iterable[str]:
+def _clip_sizes(config: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
     for where, group in (("data", config.data), ("sample", config.sample)):
         size = group.frames, group.height, group.width
-        yield from check_clip(*size, config.model.dit.patch, config.model.vae.path, where)
+        yield from check_clip(*size, config.model.dit.patch, vae, where)
 
 
 def _divides(name: str, size: int, by: str, divisor: int) -> Iterable[str]:

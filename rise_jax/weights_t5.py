@@ -65,8 +65,7 @@ def load_t5(path: Path | str, dtype: Any = jnp.float32, place: Any = None) -> Lo
       FileNotFoundError: naming the files that are missing. ValueError: an option that this encoder does not have, by its name;
         or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
     """
-    path = Path(path)
-    folder = TensorFolder(path / "text_encoder" if (path / "text_encoder").is_dir() else path, "model")
+    path, folder = Path(path), encoder_folder(path)
     config = t5_config(folder)
     abstract = make_t5(config, dtype)[1]
     table = t5_table(abstract)
@@ -75,6 +74,12 @@ def load_t5(path: Path | str, dtype: Any = jnp.float32, place: Any = None) -> Lo
     check(abstract, table, folder, IGNORED)
     tokenizer = _tokenizer(path, folder)
     return LoadedT5(config, stream(abstract, table, folder, place and place(abstract)), tokenizer, folder)
+
+
+def encoder_folder(path: Path | str) -> TensorFolder:
+    """The encoder's folder: `path` itself, or the text_encoder/ in it."""
+    path = Path(path)
+    return TensorFolder(path / "text_encoder" if (path / "text_encoder").is_dir() else path, "model")
 
 
 def text_ids(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -55,10 +55,10 @@ LAYERS = (
         "data.open",
     ),
     ("metrics", "pixel_rules"),
-    ("build", "step", "flops", "runs", "validate", "exported"),
+    ("build", "step", "runs", "validate", "exported", "known_sizes", "outline", "flops", "memory"),
     ("pipeline", "rise_jax"),
     ("loop",),
-    ("train", "generate", "evaluate", "export"),
+    ("train", "generate", "evaluate", "export", "plan"),
     ("main",),
 )
 MAX_LINES = 300
@@ -70,6 +70,8 @@ READS_CONFIG = {
     "generate",
     "evaluate",
     "export",
+    "plan",
+    "outline",
     "pipeline",
     "exported",
     "build",
