@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rise_jax.trees import path_name
 
 AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 # (pattern, mesh axes of the trailing array axes); the first match wins, leading axes (stacked layers) stay whole.
 RULES = (
@@ -67,7 +68,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First axis split over data and fsdp, the rest whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def current_mesh() -> AbstractMesh:
+    """The mesh of jax.set_mesh at trace time; `.empty` without one."""
+    return jax.sharding.get_abstract_mesh()
+
+
+def place_tokens(x: jax.Array) -> jax.Array:
+    """Activations [B, S, ...] inside jit: samples over data and fsdp, places over context. As they are without a mesh."""
+    return _place(x, (BATCH_AXES, "context"))
+
+
+def place_samples(x: jax.Array) -> jax.Array:
+    """Activations [B, ...] inside jit: samples over data and fsdp, the rest whole. As they are without a mesh."""
+    return _place(x, (BATCH_AXES,))
+
+
+def sequence_padding(length: int) -> int:
+    """Places to add to a sequence so that it divides over the current mesh's context axis; 0 without a mesh."""
+    mesh = current_mesh()
+    return 0 if mesh.empty else -length % mesh.shape["context"]
+
+
+def fitted(shape: Sequence[int], axes: Sequence[Any], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """`axes` (a mesh axis, several, or None per array axis) without those whose size does not divide the array's."""
+
+    def fits(size, axis):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    return PartitionSpec(*[axis if fits(size, axis) else None for size, axis in zip(shape, axes)])
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
@@ -91,10 +123,13 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     for pattern, axes in RULES:
         if re.search(pattern, name) and len(shape) >= len(axes):
-            trailing = shape[len(shape) - len(axes) :]
-            fitted = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, trailing)]
-            return PartitionSpec(*[None] * (len(shape) - len(axes)), *fitted)
+            return fitted(shape, (None,) * (len(shape) - len(axes)) + axes, mesh)
     return PartitionSpec()
+
+
+def _place(x: jax.Array, axes: tuple) -> jax.Array:
+    mesh = current_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitted(x.shape, axes, mesh))
 
 
 def _misfit(sizes: dict[str, int], fixed: int, devices: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import runs
-from rise_jax.build import language_from, model_from
+from rise_jax.build import backend_from, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
@@ -78,7 +78,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     with jax.set_mesh(mesh):
         table, frozen, heard = _conditions(config, workdir, source, language, mesh)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
-        model = model_from(config.model, language.width, states)
+        model = model_from(config.model, language.width, states, backend=backend_from(config.model))
         vae, vae_identity = load_vae(config.model.vae.path)
         frozen["vae"] = jax.device_put(vae, shardings(vae, mesh))
         optimizer = make_optimizer(

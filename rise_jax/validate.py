@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
+from rise_jax.models.attention import NAMES, SEQUENCES, cudnn_obstacle
 from rise_jax.optim import KINDS as OPTIMIZERS
 from rise_jax.published import dit_faults, open_vae
 from rise_jax.sampler import STEPPERS
@@ -18,7 +19,13 @@ from rise_jax.sampler import STEPPERS
 
 def validate(config: ConfigDict) -> None:
     """Raises one ValueError that lists every fault of the config."""
-    faults = [*_choices(config), *_ranges(config), *_model_sizes(config.model), *_clip_sizes(config)]
+    faults = [
+        *_choices(config),
+        *_ranges(config),
+        *_model_sizes(config.model),
+        *_attention(config.model),
+        *_clip_sizes(config),
+    ]
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
 
@@ -46,6 +53,8 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         "model.adapter.kind": (config.model.adapter.kind, KINDS),
         "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "model.attention": (config.model.attention, NAMES),
+        "model.sequence": (config.model.sequence, SEQUENCES),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
         "model.prediction": (config.model.prediction, PREDICTIONS),
         "optim.kind": (config.optim.kind, OPTIMIZERS),
@@ -116,6 +125,14 @@ def _model_sizes(model: ConfigDict) -> Iterable[str]:
             f"model.dit.text_len={dit.text_len} cannot hold {adapter.registers} registers and {tokens} tokens; "
             f"nearest: {adapter.registers + tokens}"
         )
+
+
+def _attention(model: ConfigDict) -> Iterable[str]:
+    parts = {"dit": model.dit} | ({"adapter": model.adapter} if model.adapter.kind in ("refiner", "resampler") else {})
+    for name, part in parts.items():
+        reason = cudnn_obstacle(model.dtype, part.width // part.heads) if model.attention == "cudnn" else None
+        if reason:
+            yield f"model.attention='cudnn' {reason} in model.{name}; nearest: xla (or auto, which chooses by itself)"
 
 
 def _clip_sizes(config: ConfigDict) -> Iterable[str]:

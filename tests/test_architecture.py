@@ -20,7 +20,21 @@ PYTHON = sorted(
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
     ("axes", "trees", "version"),
-    ("models.layers", "flow", "optim", "sharding", "checkpoint", "report", "text", "video", "sheets", "workdir"),
+    (
+        "models.layers",
+        "models.attention",
+        "models.ring",
+        "models.splash",
+        "flow",
+        "optim",
+        "sharding",
+        "checkpoint",
+        "report",
+        "text",
+        "video",
+        "sheets",
+        "workdir",
+    ),
     ("models", "data"),
     (
         "unipc",
