@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rise_jax.condition_kinds import CONDITIONS, Condition, open_text
@@ -59,15 +60,26 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
     return graph, nnx.to_pure_dict(params), init
 
 
-def language_from(model: ConfigDict, rules: str | None = None) -> Condition:
-    """What conditions the video, by a config's `model` group; `rules` stand in for the text of the instruction."""
+def language_from(model: ConfigDict, rules: str | None = None, mesh: Mesh | None = None) -> Condition:
+    """What conditions the video, by a config's `model` group; `rules` stand in for the text of the instruction.
+
+    Its parameters lie over the mesh; without one, on the default device.
+    """
     settings = model[CONDITIONS[model.condition].group]
-    return open_text(model.condition, **settings, **({} if rules is None else {"rules": rules}))
+    return open_text(model.condition, mesh=mesh, **settings, **({} if rules is None else {"rules": rules}))
 
 
 def backend_from(model: ConfigDict) -> Backend:
     """How a config's `model` group wants attention computed, on the devices of this process."""
     return Backend.here(model.attention, model.sequence)
+
+
+def describe_attention(model: ConfigDict, backend: Backend, mesh: Mesh) -> str:
+    """'attention xla', or 'attention cudnn, ulysses over context'. ValueError for heads that do not fit `model.sequence`."""
+    heads, context = model.dit.heads, mesh.shape["context"]
+    route = backend.route(heads, context, mesh.shape["tensor"])
+    name = "xla" if context > 1 and route == "ring" else backend.pick(model.dtype, model.dit.width // heads)
+    return f"attention {name}" + (f", {route} over context" if context > 1 else "")
 
 
 def model_from(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rise_jax.trees import path_name
@@ -86,6 +87,11 @@ def place_samples(x: jax.Array) -> jax.Array:
     return _place(x, (BATCH_AXES,))
 
 
+def place_whole(x: jax.Array) -> jax.Array:
+    """An array inside jit: all of it on every device. As it is without a mesh."""
+    return _place(x, ())
+
+
 def sequence_padding(length: int) -> int:
     """Places to add to a sequence so that it divides over the current mesh's context axis; 0 without a mesh."""
     mesh = current_mesh()
@@ -102,22 +108,71 @@ def fitted(shape: Sequence[int], axes: Sequence[Any], mesh: Mesh | AbstractMesh)
     return PartitionSpec(*[axis if fits(size, axis) else None for size, axis in zip(shape, axes)])
 
 
+def batch_ways(mesh: Mesh | None) -> int:
+    """Over how many devices samples are split; 1 without a mesh."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
+
+
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError, naming the nearest sizes that fit, when the batch does not divide over data x fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     if batch_size < 1 or batch_size % ways:
         below = batch_size // ways * ways
         nearest = f"{below} or {below + ways}" if below > 0 else f"{ways}"
         raise ValueError(
             f"run.batch_size={batch_size} does not divide over mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']} = {ways} devices; nearest: {nearest}"
+            f"mesh.fsdp={mesh.shape['fsdp']} = {ways} devices; nearest: {nearest}. "
+            f"To use more devices than samples, split their tokens: {_fewer_samples(batch_size, mesh)}"
         )
 
 
+def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, ascending: what it has to load.
+
+    Processes that differ along context or tensor alone hold the same rows. Rows need not be consecutive: on a torus, neighbours
+    on the mesh may belong to other hosts.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays -> global arrays on the mesh, split by `batch_sharding`; each process passes its own rows."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    """Host arrays -> global arrays on the mesh, split by `batch_sharding`; each process passes its `process_rows`."""
+    sharding, ways = batch_sharding(mesh), batch_ways(mesh)
+    own = process_rows(ways, mesh)
+
+    def put(rows):
+        each = len(rows) // len(own)
+
+        def part(index):
+            first = np.searchsorted(own, (index[0].start or 0) // each) * each
+            return rows[first : first + each]
+
+        return jax.make_array_from_callback((each * ways, *rows.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def put_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Host arrays [B, ...] that every process has whole -> split over data and fsdp, whole where B does not divide.
+
+    Without a mesh they are returned as they are.
+    """
+    if mesh is None:
+        return tree
+    split = lambda rows: NamedSharding(mesh, fitted(rows.shape, (BATCH_AXES,), mesh))
+    return jax.tree.map(lambda rows: _put(rows, split(rows)), tree)
+
+
+def put_parameters(tree: Any, mesh: Mesh | None) -> Any:
+    """Host arrays that every process has whole -> by RULES, each device its part; without a mesh, the default device."""
+    return jax.device_put(tree) if mesh is None else jax.tree.map(_put, tree, shardings(tree, mesh))
+
+
+def describe(mesh: Mesh) -> str:
+    """'mesh data=4, fsdp=2, context=1, tensor=1 of 8 devices (cpu)'"""
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"mesh {sizes} of {mesh.size} device{'s' * (mesh.size > 1)} ({mesh.devices.flat[0].device_kind})"
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -130,6 +185,18 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def _place(x: jax.Array, axes: tuple) -> jax.Array:
     mesh = current_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitted(x.shape, axes, mesh))
+
+
+def _put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _fewer_samples(batch_size: int, mesh: Mesh) -> str:
+    """The mesh with as much of data x fsdp moved to context as leaves a divisor of the batch; data gives first."""
+    ways, others = math.gcd(max(batch_size, 1), batch_ways(mesh)), mesh.size // batch_ways(mesh)
+    fsdp = math.gcd(mesh.shape["fsdp"], ways)
+    sizes = dict(data=ways // fsdp, fsdp=fsdp, context=mesh.size * mesh.shape["context"] // (ways * others))
+    return _describe(sizes)
 
 
 def _misfit(sizes: dict[str, int], fixed: int, devices: int) -> str:

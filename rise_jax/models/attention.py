@@ -61,6 +61,19 @@ class Backend:
             )
         return self.name
 
+    def route(self, heads: int, context: int, tensor: int) -> str:
+        """ulysses or ring, for so many heads of keys. Raises ValueError when ulysses is asked for by name and they do not divide."""
+        share = heads // tensor if heads % tensor == 0 else heads
+        if share % context == 0:
+            return "ring" if self.sequence == "ring" else "ulysses"
+        if self.sequence == "ulysses":
+            fit = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
+            raise ValueError(
+                f"model.sequence='ulysses': {heads} heads do not divide over mesh.context={context} x mesh.tensor={tensor}; "
+                f"contexts that do: {fit}; or model.sequence=ring"
+            )
+        return "ring"
+
 
 XLA = Backend()
 
@@ -139,7 +152,7 @@ def self_attention(
     tensor = _tensor(key, mesh)
     own = fitted(query.shape, (_batch(query, mesh), "context", tensor, None), mesh)
     keys_mask = None if mask is None else mask[:, 0, 0]
-    if _exchanges_heads(backend, key.shape[2], ways, mesh.shape["tensor"] if tensor else 1):
+    if backend.route(key.shape[2], ways, mesh.shape["tensor"]) == "ulysses":
         name = backend.pick(query.dtype, query.shape[-1], None if mask is None else mask.shape)
         return _on_each(partial(_ulysses, _kernel(name)), mesh, own, own, None)(query, key, value, keys_mask)
     if backend.name not in ("auto", "xla"):
@@ -149,17 +162,6 @@ def self_attention(
         )
     keys_mask = jnp.ones((1, length), bool) if keys_mask is None else keys_mask
     return _on_each(partial(ring_attention, axis="context"), mesh, own, own, "context")(query, key, value, keys_mask)
-
-
-def _exchanges_heads(backend: Backend, heads: int, context: int, tensor: int) -> bool:
-    fits = heads // tensor % context == 0
-    if backend.sequence == "ulysses" and not fits:
-        near = [size for size in range(1, heads // tensor + 1) if heads // tensor % size == 0]
-        raise ValueError(
-            f"model.sequence='ulysses': {heads} heads do not divide over mesh.context={context} x mesh.tensor={tensor}; "
-            f"contexts that do: {', '.join(map(str, near))}; or model.sequence=ring"
-        )
-    return fits and backend.sequence != "ring"
 
 
 def _ulysses(kernel: Callable, query, key, value, mask):

@@ -221,7 +221,7 @@ class DiT(nnx.Module):
             latents = jnp.concatenate([latents, places], axis=-1)
         tokens = patchify(latents, self.patch)
         length, padding = tokens.shape[1], sequence_padding(tokens.shape[1])
-        mask = np.arange(length + padding)[None, None, None] < length if padding else None
+        mask = jnp.arange(length + padding)[None, None, None] < length if padding else None
         x = self.patch_in(place_tokens(jnp.pad(tokens, ((0, 0), (0, padding), (0, 0)))))
         rope = rope_table(*grid, x.shape[-1] // self.heads)
         rope = tuple(np.pad(table, ((0, padding), (0, 0))) for table in rope)
