@@ -15,7 +15,7 @@ from rise_jax.pipeline import make_latents
 from rise_jax.runs import born_state, initial_parameters
 from rise_jax.sharding import make_mesh, put_batch, put_rows, shardings
 from rise_jax.step import make_train_step, new_state
-from rise_jax.trees import named_leaves, partition
+from rise_jax.trees import named_leaves, nested, partition
 
 D_LLM, TOKENS, BATCH = 16, 5, 8
 CONFIG = ConfigDict(
@@ -31,7 +31,7 @@ CONFIG = ConfigDict(
     )
 )
 FRAMES = 9  # 3 latent frames of 2 x 2 tokens: 12, which do not divide over 8 devices
-SGD = optax.chain(optax.trace(decay=0.0), optax.sgd(0.1))  # the trace is the gradient
+SGD = optax.chain(optax.trace(decay=0.0), optax.sgd(0.01))  # the trace is the gradient
 STEPS = 3
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is what these tests cost: half the time so
 
@@ -51,10 +51,14 @@ def make(sequence="auto"):
 
 
 def noise(abstract):
-    """No leaf at zero, where it would hide mistakes."""
+    """Scales about 1, the rest about 0 but nowhere at it, where it would hide mistakes."""
     rng = np.random.default_rng(1)
-    draw = lambda leaf: rng.normal(size=leaf.shape) / max(leaf.shape[-2:-1], default=10) ** 0.5
-    return jax.tree.map(lambda leaf: draw(leaf).astype(np.float32), abstract)
+
+    def draw(name, leaf):
+        value = rng.normal(size=leaf.shape) / 6  # the models are 32 wide or less
+        return np.asarray(1 + value if name.endswith("scale") else value, np.float32)
+
+    return nested({name: draw(name, leaf) for name, leaf in named_leaves(abstract).items()})
 
 
 def make_batch():
