@@ -52,6 +52,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         calibrate="",  # a file of captions, one a line: the native encoder's mean and spread over them start the adapter's output
         null="learned",  # the condition of "no prompt": learned, native (the encoder's own), or a .safetensors file
         dtype="",  # of matrix products; what trains, norms and softmax stay float32
+        attention="auto",  # auto | xla | cudnn (CUDA GPUs) | splash (TPUs)
+        sequence="auto",  # attention of a sequence that lies over mesh.context: auto | ulysses | ring
         trainable=(".",),  # path patterns (re.search); the rest is frozen
         prediction="data",  # what the DiT predicts: data | velocity
         shift=8.0,  # of the time axis towards noise, in training and sampling: clips of a few pixels are readable until t = 0.9

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rise_jax.condition_kinds import CONDITIONS, Condition, open_text
 from rise_jax.models.adapter import calibrate, make_adapter
+from rise_jax.models.attention import XLA, Backend
 from rise_jax.models.dit import DiT, fit_context
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
@@ -58,29 +60,50 @@ def _split(make: Callable[[nnx.Rngs], nnx.Module]):
     return graph, nnx.to_pure_dict(params), init
 
 
-def language_from(model: ConfigDict, rules: str | None = None) -> Condition:
-    """What conditions the video, by a config's `model` group; `rules` stand in for the text of the instruction."""
+def language_from(model: ConfigDict, rules: str | None = None, mesh: Mesh | None = None) -> Condition:
+    """What conditions the video, by a config's `model` group; `rules` stand in for the text of the instruction.
+
+    Its parameters lie over the mesh; without one, on the default device.
+    """
     settings = model[CONDITIONS[model.condition].group]
-    return open_text(model.condition, **settings, **({} if rules is None else {"rules": rules}))
+    return open_text(model.condition, mesh=mesh, **settings, **({} if rules is None else {"rules": rules}))
 
 
-def model_from(model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | WanVAE | None = None) -> Model:
+def backend_from(model: ConfigDict) -> Backend:
+    """How a config's `model` group wants attention computed, on the devices of this process."""
+    return Backend.here(model.attention, model.sequence)
+
+
+def describe_attention(model: ConfigDict, backend: Backend, mesh: Mesh) -> str:
+    """'attention xla', or 'attention cudnn, ulysses over context'. ValueError for heads that do not fit `model.sequence`."""
+    heads, context = model.dit.heads, mesh.shape["context"]
+    route = backend.route(heads, context, mesh.shape["tensor"])
+    name = "xla" if context > 1 and route == "ring" else backend.pick(model.dtype, model.dit.width // heads)
+    return f"attention {name}" + (f", {route} over context" if context > 1 else "")
+
+
+def model_from(
+    model: ConfigDict, d_llm: int, states: Callable, vae: Pixels | WanVAE | None = None, *, backend: Backend = XLA
+) -> Model:
     """The model that a config's `model` group describes, for an LLM of width `d_llm`.
 
     `states(frozen, batch) -> (states [B, L, d_llm], mask [B, L])` says where the LLM's states come from; `vae` stands in for
-    the one at `model.vae.path`. The files of a published DiT are not touched.
+    the one at `model.vae.path`. `backend` is that of attention. The files of a published DiT are not touched.
+
+    Raises ValueError for a back end that cannot compute the DiT's attention here, naming one that can.
     """
     dtype = jnp.dtype(model.dtype)
     dit, adapter = model.dit.to_dict(), model.adapter.to_dict()
+    backend.pick(dtype, dit["width"] // dit["heads"])
     published = dit.pop("path")
     d_ctx, text_len = adapter["d_ctx"], dit["text_len"]
     coder = vae or open_vae(model.vae.path)
     learned = model.null == LEARNED
     adapter_graph, adapter_abstract, adapter_init = _split(
-        lambda rngs: make_adapter(d_llm=d_llm, learned_null=learned, dtype=dtype, rngs=rngs, **adapter)
+        lambda rngs: make_adapter(d_llm=d_llm, learned_null=learned, dtype=dtype, backend=backend, rngs=rngs, **adapter)
     )
     dit_graph, dit_abstract, dit_init = _split(
-        lambda rngs: DiT(channels=coder.channels, d_ctx=d_ctx, dtype=dtype, rngs=rngs, **dit)
+        lambda rngs: DiT(channels=coder.channels, d_ctx=d_ctx, dtype=dtype, backend=backend, rngs=rngs, **dit)
     )
     abstract = {"adapter": adapter_abstract, "dit": dit_abstract}
     if not learned:

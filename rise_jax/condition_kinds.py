@@ -13,19 +13,21 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rise_jax import rephrase
 from rise_jax.data.sources import Text
-from rise_jax.language import BATCH, Language, Pair, Rephrasings, rounded
+from rise_jax.language import Language, Pair, Rephrasings, batch_size, gathered, rounded
 from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
+from rise_jax.sharding import put_parameters, put_rows, shardings
 from rise_jax.text import bare_prompt_ids, right_pad
 from rise_jax.weights import load_llm
 from rise_jax.weights_t5 import load_t5, text_ids
 
 
 class Condition(Protocol):
-    """What training, generate and evaluate ask of a kind. Its constructor takes the config's `model.<group>`.
+    """What training, generate and evaluate ask of a kind. Its constructor takes the config's `model.<group>` and the mesh.
 
     condition: its name. writes: whether the LLM writes a caption that is missing. budget: the setting in that group that says how
     many states there are at most, `length`. width: of a state. params, prefix: what `states_in_step` needs on the device.
@@ -66,10 +68,11 @@ class _Encoded:
 
     prefix, rules = None, None
 
-    def __init__(self, encode: Callable, params: dict, *, pad: int, length: int, width: int):
+    def __init__(self, encode: Callable, params: dict, *, pad: int, length: int, width: int, mesh: Mesh | None):
         """encode: (params, ids [B, L], mask [B, L]) -> states [B, L, width], zero behind the mask."""
         self.params, self.length, self.width, self._pad = params, length, width, pad
-        self._encode, self._encode_batch = encode, jax.jit(encode)
+        self.mesh = mesh
+        self._encode, self._encode_batch = encode, jax.jit(encode, **gathered(mesh))
 
     def tokens(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
         """`encoded_ids` int32 and `states_mask` bool [n, length]."""
@@ -82,12 +85,13 @@ class _Encoded:
         lengths = table["states_mask"].sum(1)
         order = np.argsort(lengths, kind="stable")
         states = np.zeros((len(pairs), self.length, self.width), np.float32)
-        for start in progress(range(0, len(pairs), BATCH)):
-            rows = order[start : start + BATCH]
-            padded = np.resize(rows, min(BATCH, len(pairs)))
+        size = batch_size(self.mesh, len(pairs))
+        for start in progress(range(0, len(pairs), size)):
+            rows = order[start : start + size]
+            padded = np.resize(rows, size)
             r = min(rounded(max(lengths[rows].max(), 1)), self.length)  # a row may hold no token at all
-            batch = self._encode_batch(self.params, table["encoded_ids"][padded, :r], table["states_mask"][padded, :r])
-            states[rows, :r] = np.asarray(batch, np.float32)[: len(rows)]
+            batch = put_rows((table["encoded_ids"][padded, :r], table["states_mask"][padded, :r]), self.mesh)
+            states[rows, :r] = np.asarray(self._encode_batch(self.params, *batch), np.float32)[: len(rows)]
         return states, table["states_mask"]
 
     def states_in_step(self, frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
@@ -103,15 +107,25 @@ class Encode(_Encoded):
     writes = False
     group, budget = "llm", "max_prompt"
 
-    def __init__(self, *, path: str, instruction: str, dtype: str, max_prompt: int, max_new: int, layer: int = -1):
-        """`layer` as in `Language`; ValueError for one that is not there."""
+    def __init__(
+        self,
+        *,
+        path: str,
+        instruction: str,
+        dtype: str,
+        max_prompt: int,
+        max_new: int,
+        layer: int = -1,
+        mesh: Mesh | None = None,
+    ):
+        """`layer` and `mesh` as in `Language`; ValueError for a layer that is not there."""
         loaded = load_llm(path, jnp.dtype(dtype))
         config, self._tokenizer = loaded.config, loaded.tokenizer
         layer = config.layer_index(layer)
         llm, _ = make_llm(config, jnp.dtype(dtype))
         encode = partial(rephrase.encoded, llm, leading=loaded.tokenizer.leading, layer=layer)
         sizes = dict(pad=loaded.tokenizer.pad, length=max_prompt, width=config.width)
-        super().__init__(encode, jax.device_put(loaded.params), **sizes)
+        super().__init__(encode, put_parameters(loaded.params, mesh), **sizes, mesh=mesh)
         self.identity = {
             "sha256": loaded.identity["sha256"],
             "dtype": dtype,
@@ -147,7 +161,9 @@ class RewriteThenEncode(_Encoded):
         self.rules = writer.rules
         tokenizer = writer.prompter.tokenizer
         encode = partial(rephrase.encoded, writer.llm, leading=tokenizer.leading, layer=writer.layer)
-        super().__init__(encode, writer.params, pad=tokenizer.pad, length=writer.length, width=writer.width)
+        super().__init__(
+            encode, writer.params, pad=tokenizer.pad, length=writer.length, width=writer.width, mesh=writer.mesh
+        )
         self.identity = writer.identity | {"condition": self.condition, "align": "token"}
 
     def pair(self, text: Text) -> Pair:
@@ -170,14 +186,16 @@ class Native(_Encoded):
     writes = False
     group, budget = "native", "length"
 
-    def __init__(self, *, path: str, length: int, dtype: str):
-        """`path`: the encoder's folder. FileNotFoundError or ValueError as for `load_t5`."""
-        loaded = load_t5(path, jnp.dtype(dtype))
+    def __init__(self, *, path: str, length: int, dtype: str, mesh: Mesh | None = None):
+        """`path`: the encoder's folder; `mesh` as in `Language`. FileNotFoundError or ValueError as for `load_t5`."""
+        loaded = load_t5(path, jnp.dtype(dtype), mesh and partial(shardings, mesh=mesh))
         make, _ = make_t5(loaded.config, jnp.dtype(dtype))
         encode = lambda params, ids, mask: jnp.where(mask[..., None], make(params)(ids, mask), 0)
         self._tokenizer = loaded.tokenizer
-        params = jax.device_put(jax.tree.map(np.asarray, loaded.params))  # free to follow any mesh, as the LLM's
-        super().__init__(encode, params, pad=loaded.tokenizer.pad, length=length, width=loaded.config.width)
+        # Without a mesh, free to follow any, as the LLM's.
+        params = loaded.params if mesh else jax.device_put(jax.tree.map(np.asarray, loaded.params))
+        sizes = dict(pad=loaded.tokenizer.pad, length=length, width=loaded.config.width)
+        super().__init__(encode, params, **sizes, mesh=mesh)
         self.identity = {
             "sha256": loaded.source.sha256(),
             "dtype": dtype,

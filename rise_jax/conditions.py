@@ -12,6 +12,7 @@ from tqdm import tqdm
 from rise_jax.condition_kinds import Condition
 from rise_jax.data.sources import Text
 from rise_jax.language import Pair, differing
+from rise_jax.processes import from_first, is_first, meet
 from rise_jax.video import write_file
 
 LOG = logging.getLogger(__name__)
@@ -20,16 +21,18 @@ LOG = logging.getLogger(__name__)
 def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
     """Texts as pairs, every missing rephrasing written by the LLM; kept in `file` (JSON lines), read from it the next time.
 
-    Where the condition needs none, none is written. Raises ValueError when `file` was written by another LLM or instruction, or when
-    the LLM wrote nothing for a prompt.
+    Where the condition needs none, none is written. Several processes write them together, and process 0 keeps them. Raises ValueError
+    when `file` was written by another LLM or instruction, or when the LLM wrote nothing for a prompt.
     """
     unwritten = lambda text: language.writes and text.rephrased is None
     missing = sorted({text.prompt for text in texts if unwritten(text)})
     known = _read_written(file, language) if missing else {}
     new = [prompt for prompt in missing if prompt not in known]
+    meet("captions were read")
     if new:
         LOG.info("the LLM writes %d missing captions into %s", len(new), file)
         known |= _write(new, language)
+    if new and is_first():
         lines = [_head(language), *({"prompt": prompt, **known[prompt]} for prompt in sorted(known))]
         write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return [
@@ -40,10 +43,11 @@ def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
 def cached_states(pairs: list[Pair], language: Condition, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Training's states float32 [n, L, d_llm] and mask bool [n, L], from `file` or written to it.
 
-    The file carries the fingerprint of everything it depends on; raises ValueError when that has changed since.
+    The file carries the fingerprint of everything it depends on; raises ValueError when that has changed since. Several processes
+    compute them together, and process 0 writes the file.
     """
     fingerprint = fingerprint_of(pairs, language)
-    if file.exists():
+    if from_first(file.exists()):
         with np.load(file) as saved:
             if str(saved["fingerprint"]) != fingerprint:
                 names = differing(json.loads(str(saved["llm"])), language.identity) if "llm" in saved else []
@@ -56,9 +60,10 @@ def cached_states(pairs: list[Pair], language: Condition, file: Path) -> tuple[n
     states, mask = language.teach(
         pairs, progress=lambda steps: tqdm(steps, desc="LLM states", unit="batch", disable=None)
     )
-    content = io.BytesIO()
-    np.savez(content, states=states, mask=mask, fingerprint=fingerprint, llm=json.dumps(language.identity))
-    write_file(file, content.getvalue())
+    if is_first():
+        content = io.BytesIO()
+        np.savez(content, states=states, mask=mask, fingerprint=fingerprint, llm=json.dumps(language.identity))
+        write_file(file, content.getvalue())
     return states, mask
 
 

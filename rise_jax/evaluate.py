@@ -12,11 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rise_jax import metrics
+from rise_jax.build import backend_from, describe_attention
 from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
+from rise_jax.language import gathered
 from rise_jax.pipeline import Pipeline
-from rise_jax.processes import first_then_others, is_first
+from rise_jax.processes import is_first
+from rise_jax.sharding import describe, make_mesh, put_rows
 from rise_jax.sheets import contact_sheet
 from rise_jax.step import make_eval_step
 from rise_jax.validate import validate
@@ -32,7 +35,9 @@ _BESIDE = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "ke
 def evaluate(config: ConfigDict, workdir: Path) -> int:
     """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts."""
     validate(config)
-    pipe = Pipeline.from_run(workdir)
+    mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
+    print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
+    pipe = Pipeline.from_run(workdir, mesh=mesh, backend=backend)
     source = _held_out(pipe.config.data, config.sample.count, config.run.seed)
     prompts = [text.prompt for text in source.texts[: config.sample.count]]
     seeds = [config.sample.seed + i for i in range(len(prompts))]
@@ -117,20 +122,21 @@ def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int) -> dict
     """Denoising loss per time on held-out clips, with their own states, with another clip's, and with none."""
     size = min(batch_size, len(source))
     batch = next(make_loader(source, batch_size=size, seed=0, quarantine_file=workdir / "quarantine.jsonl"))
-    with first_then_others("held-out captions"):
-        pairs = complete([source.texts[i] for i in batch["text"]], pipe.language, workdir / "captions-heldout.jsonl")
+    pairs = complete([source.texts[i] for i in batch["text"]], pipe.language, workdir / "captions-heldout.jsonl")
     states, mask = pipe.language.teach(pairs)
-    step = jax.jit(partial(_mean_loss, make_eval_step(pipe.model)))
+    step = jax.jit(partial(_mean_loss, make_eval_step(pipe.model)), **gathered(pipe.mesh))
     given = {
         "true": (states, mask),
         "shuffled": (np.roll(states, 1, axis=0), np.roll(mask, 1, axis=0)),
         "zeroed": (np.zeros_like(states), mask),
     }
     clips = {"video": batch["video"], "weight": batch["weight"], "index": batch["index"].astype(np.int32)}
-    losses = {
-        name: np.asarray(step(pipe.params, pipe.vae, clips | {"states": array, "states_mask": keep})).tolist()
+    batches = {
+        name: put_rows(clips | {"states": array, "states_mask": keep}, pipe.mesh)
         for name, (array, keep) in given.items()
     }
+    with pipe.on_mesh():
+        losses = {name: np.asarray(step(pipe.params, pipe.vae, rows)).tolist() for name, rows in batches.items()}
     return {"clips": size, "times": list(TIMES), **losses}
 
 

@@ -11,20 +11,25 @@ params/STEP                  all leaves by Orbax, as they were trained: low-rank
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rise_jax.build import Model, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.condition_kinds import CONDITIONS, Condition
 from rise_jax.language import differing, states_in_batch
+from rise_jax.models.attention import XLA, Backend
 from rise_jax.placement import Place, check, stream
 from rise_jax.published import LEARNED, NATIVE, PIXELS, RUNTIME, dit_faults, load_null, load_vae, open_vae
 from rise_jax.runs import Run
+from rise_jax.sharding import shardings
 from rise_jax.tensor_folder import TensorFile
 from rise_jax.trees import named_leaves
 from rise_jax.version import VERSION
@@ -71,8 +76,10 @@ def write_export(folder: Path, run: Run, language: Condition, vae: dict) -> None
     scratch.rename(folder)
 
 
-def read_export(folder: Path, llm: str | None = None) -> Export:
+def read_export(folder: Path, llm: str | None = None, mesh: Mesh | None = None, backend: Backend = XLA) -> Export:
     """What `write_export` wrote; `llm` is the LLM's path where it is not the one of training.
+
+    All parameters lie over the mesh; without one, on the default device. `backend` is that of the model's attention.
 
     Raises FileNotFoundError naming every file that is missing, and ValueError where the parts do not belong together: an LLM
     of another hash, width, layer or alignment, a DiT of other sizes than the adapter or the VAE expect, tensors that do not fit.
@@ -84,15 +91,16 @@ def read_export(folder: Path, llm: str | None = None) -> Export:
         raise ValueError(f"the parts of {folder} do not belong together:\n" + "\n".join(f"  {x}" for x in faults))
     settings = config.model[CONDITIONS[config.model.condition].group]
     settings.path = llm or settings.path
-    language = language_from(config.model, rules=card["llm"]["instruction"])
+    language = language_from(config.model, rules=card["llm"]["instruction"], mesh=mesh)
     _check_language(card["llm"], language, folder)
-    model = model_from(config.model, language.width, states_in_batch)
+    place = mesh and partial(shardings, mesh=mesh)
+    model = model_from(config.model, language.width, states_in_batch, backend=backend)
     params = {
-        "adapter": _load_adapter(folder / ADAPTER, model.abstract.get("adapter", {})),
-        "dit": load_wan(folder, text_len=config.model.dit.text_len, dtype=None).params,
+        "adapter": _load_adapter(folder / ADAPTER, model.abstract.get("adapter", {}), place),
+        "dit": load_wan(folder, text_len=config.model.dit.text_len, dtype=None, place=place).params,
         "null": {"embedding": load_null(config.model)[0]},
     }
-    return Export(model, params, load_vae(config.model.vae.path)[0], language, config)
+    return Export(model, params, load_vae(config.model.vae.path, place)[0], language, config)
 
 
 def _dit_sizes(model: ConfigDict) -> dict:
@@ -152,8 +160,8 @@ def _check_language(expected: dict, language: Condition, folder: Path) -> None:
         raise ValueError(f"the adapter in {folder} belongs to another LLM or condition than this one: {values}")
 
 
-def _load_adapter(path: Path, abstract: dict) -> dict:
+def _load_adapter(path: Path, abstract: dict, place: Callable | None) -> dict:
     table = {name: Place(name) for name in named_leaves(abstract)}
     file = TensorFile(path)
     check(abstract, table, file)
-    return stream(abstract, table, file)
+    return stream(abstract, table, file, place and place(abstract))

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rise_jax import runs
+from rise_jax.build import backend_from, describe_attention
+from rise_jax.models.attention import Backend
 from rise_jax.pipeline import Output, Pipeline
 from rise_jax.processes import is_first
+from rise_jax.sharding import describe, make_mesh
 from rise_jax.sheets import comparison_sheet, contact_sheet
 from rise_jax.validate import validate
 from rise_jax.video import write_file, write_png, write_video
@@ -38,7 +42,9 @@ def generate(config: ConfigDict, workdir: Path) -> int:
     validate(config)
     prompts = read_prompts(config.sample.prompts)
     workdirs = read_workdirs(config.sample.beside, workdir)
-    made = [_make(config, prompts, folder, number) for number, folder in enumerate(workdirs)]
+    mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
+    print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
+    made = [_make(config, prompts, folder, number, mesh, backend) for number, folder in enumerate(workdirs)]
     if not is_first():
         return 0
     samples = workdir / "samples"
@@ -51,8 +57,8 @@ def generate(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
-def _make(config: ConfigDict, prompts: list[str], workdir: Path, number: int) -> Made:
-    pipe = Pipeline.from_run(workdir)
+def _make(config: ConfigDict, prompts: list[str], workdir: Path, number: int, mesh: Mesh, backend: Backend) -> Made:
+    pipe = Pipeline.from_run(workdir, mesh=mesh, backend=backend)
     sample = config.sample
     pipe.config.sample.batch_size = sample.batch_size
     output = pipe(

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rise_jax import rephrase
 from rise_jax.data.sources import Text
 from rise_jax.models.llm import make_llm
+from rise_jax.sharding import batch_ways, put_parameters, put_rows, replicated
 from rise_jax.text import Instruction, Prompter, left_pad, right_pad
 from rise_jax.weights import load_llm
 
@@ -67,10 +69,12 @@ class Language:
         max_new: int,
         layer: int = -1,
         rules: str | None = None,
+        mesh: Mesh | None = None,
     ):
         """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own; `rules` stand in for its text.
 
         `layer` says whose states condition the video, counted as in `LLMConfig.layer_index`; ValueError for one that is not there.
+        `mesh` is what the parameters and the texts of a call are spread over.
         """
         loaded = load_llm(path, jnp.dtype(dtype))
         file = INSTRUCTIONS / f"{instruction}.txt"
@@ -82,7 +86,8 @@ class Language:
         self.width = loaded.config.width
         self.layer = loaded.config.layer_index(layer)
         self.llm, _ = make_llm(loaded.config, jnp.dtype(dtype))
-        self.params = jax.device_put(loaded.params)
+        self.mesh = mesh
+        self.params = put_parameters(loaded.params, mesh)
         #: What the states depend on, for fingerprints and checkpoints. Paths may differ between machines, so they are left out.
         self.identity = {
             "sha256": loaded.identity["sha256"],
@@ -92,17 +97,18 @@ class Language:
         }
         if self.layer != loaded.config.depth:  # absent = the final states, as in runs from before there was a choice
             self.identity["layer"] = self.layer
-        self._teach = jax.jit(partial(rephrase.teacher_forced, self.llm, layer=self.layer))
+        self._teach = jax.jit(partial(rephrase.teacher_forced, self.llm, layer=self.layer), **gathered(mesh))
         self._decode = jax.jit(
             partial(rephrase.rephrase, self.llm, layer=self.layer),
             static_argnames=("max_new", "eos", "pad", "temperature"),
+            **gathered(mesh),
         )
 
     @cached_property
     def prefix(self) -> rephrase.Past:
         """Keys and values of the instruction, batch 1."""
-        ids = jnp.asarray(self.prompter.prefix_ids, jnp.int32)
-        return jax.jit(partial(rephrase.encode_prefix, self.llm))(self.params, ids)
+        ids = np.asarray(self.prompter.prefix_ids, np.int32)
+        return jax.jit(partial(rephrase.encode_prefix, self.llm), **gathered(self.mesh))(self.params, ids)
 
     def pair(self, text: Text) -> Pair:
         """A text whose rephrasing is given. Raises ValueError when that has more tokens than `max_new`."""
@@ -130,9 +136,10 @@ class Language:
         prompt_lengths, lengths = table["prompt_mask"].sum(1), table["states_mask"].sum(1)
         order = np.lexsort((lengths, rounded(prompt_lengths)))
         states = np.zeros((len(pairs), self.max_new, self.width), np.float32)
-        for start in progress(range(0, len(pairs), BATCH)):
-            rows = order[start : start + BATCH]
-            padded = np.resize(rows, BATCH)
+        size = batch_size(self.mesh)
+        for start in progress(range(0, len(pairs), size)):
+            rows = order[start : start + size]
+            padded = np.resize(rows, size)
             p = min(rounded(prompt_lengths[rows].max()), self.prompter.width)
             r = min(rounded(lengths[rows].max()), self.max_new)
             batch = (
@@ -141,7 +148,9 @@ class Language:
                 table["rephrased_ids"][padded, :r],
                 table["states_mask"][padded, :r],
             )
-            states[rows, :r] = np.asarray(self._teach(self.params, self.prefix, *batch), np.float32)[: len(rows)]
+            states[rows, :r] = np.asarray(
+                self._teach(self.params, self.prefix, *put_rows(batch, self.mesh)), np.float32
+            )[: len(rows)]
         return states, table["states_mask"]
 
     def rephrase(
@@ -152,23 +161,23 @@ class Language:
         Raises ValueError for an empty prompt or one over its budget.
         """
         ids = [self.prompter.prompt_ids(prompt) for prompt in prompts]
-        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds if seeds is not None else np.zeros(len(ids)), jnp.uint32))
+        seeds = np.asarray(seeds if seeds is not None else np.zeros(len(ids)), np.uint32)
         p = min(rounded(max(map(len, ids))), self.prompter.width)
         parts = []
-        for start in progress(range(0, len(ids), BATCH)):
-            rows = np.arange(start, min(start + BATCH, len(ids)))
-            size = BATCH if len(ids) > BATCH else len(ids)
+        size = batch_size(self.mesh, len(ids))
+        for start in progress(range(0, len(ids), size)):
+            rows = np.arange(start, min(start + size, len(ids)))
             padded = np.resize(rows, size)
             batch = left_pad([ids[i] for i in padded], p, self._pad)
             out = self._decode(
                 self.params,
                 self.prefix,
-                *batch,
+                *put_rows(batch, self.mesh),
                 max_new=self.max_new,
                 eos=tuple(self.prompter.stop),
                 pad=self._pad,
                 temperature=temperature,
-                keys=keys[padded] if temperature > 0 else None,
+                keys=_keys(put_rows(seeds[padded], self.mesh)) if temperature > 0 else None,
             )
             parts.append(
                 [np.asarray(array)[: len(rows)] for array in (out.states.astype(jnp.float32), out.mask, out.tokens)]
@@ -194,6 +203,22 @@ class Language:
     @property
     def _pad(self) -> int:
         return self.prompter.tokenizer.pad
+
+
+def batch_size(mesh: Mesh | None, texts: int = BATCH) -> int:
+    """Rows per call for so many texts: BATCH at most, the same for every device that they are split over."""
+    ways = batch_ways(mesh)
+    return -(-min(texts, max(BATCH, ways)) // ways) * ways
+
+
+def gathered(mesh: Mesh | None) -> dict:
+    """Options of jax.jit for results that every process reads."""
+    return {} if mesh is None else {"out_shardings": replicated(mesh)}
+
+
+@jax.jit
+def _keys(seeds):
+    return jax.vmap(jax.random.key)(seeds)
 
 
 def states_in_batch(frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:

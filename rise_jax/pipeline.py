@@ -4,6 +4,8 @@ pipe = Pipeline.from_run("runs/stage2-tiny")  # or Pipeline.from_export(FOLDER)
 out = pipe(["a cat running"], seed=0)        # out.videos uint8 [B, T, H, W, 3], out.rephrased list of texts
 """
 
+import contextlib
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,17 +14,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rise_jax import flow, runs, sampler
 from rise_jax.build import Model, language_from
 from rise_jax.condition_kinds import Condition
 from rise_jax.exported import read_export
-from rise_jax.language import Rephrasings
-from rise_jax.processes import gathered
+from rise_jax.language import Rephrasings, gathered
+from rise_jax.models.attention import Backend
 from rise_jax.published import load_vae, open_vae
+from rise_jax.sharding import batch_ways, put_parameters, put_rows, shardings
 from rise_jax.validate import check_clip
 from rise_jax.video import to_uint8
+
+LOG = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
@@ -37,25 +43,45 @@ class Output(NamedTuple):
 class Pipeline:
     """A trained run, ready to make videos. `sample` holds the defaults of steps, guidance, stepper and size."""
 
-    def __init__(self, model: Model, params: dict, vae: dict, language: Condition, config: ConfigDict):
-        """`params` are the model's parameters, `vae` those of its VAE."""
-        self.model, self.language, self.config = model, language, config
-        self.params, self.vae = jax.device_put(params), jax.device_put(vae)
-        self._sample = jax.jit(partial(make_videos, model), static_argnames=("shape", "stepper"))
+    def __init__(
+        self,
+        model: Model,
+        params: dict,
+        vae: dict,
+        language: Condition,
+        config: ConfigDict,
+        mesh: Mesh | None = None,
+    ):
+        """`params` are the model's parameters, `vae` those of its VAE; all go over the mesh, or on one device without one."""
+        self.model, self.language, self.config, self.mesh = model, language, config, mesh
+        self.params, self.vae = (put_parameters(tree, mesh) for tree in (params, vae))
+        self._sample = jax.jit(partial(make_videos, model), static_argnames=("shape", "stepper"), **gathered(mesh))
 
     @classmethod
-    def from_run(cls, workdir: str | Path) -> "Pipeline":
-        """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none."""
-        run, language, vae = open_run(Path(workdir))
-        return cls(run.model, run.params, vae, language, run.config)
+    def from_run(cls, workdir: str | Path, *, mesh: Mesh | None = None, backend: Backend | None = None) -> "Pipeline":
+        """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none.
+
+        `mesh` (sharding.make_mesh) spreads parameters and videos over devices; `backend` of attention is by default this
+        platform's. Neither has to be that of training.
+        """
+        run, language, vae = open_run(Path(workdir), mesh, backend)
+        return cls(run.model, run.params, vae, language, run.config, mesh)
 
     @classmethod
-    def from_export(cls, folder: str | Path, llm: str | Path | None = None) -> "Pipeline":
-        """What --mode=export wrote: the same videos as from the run itself. `llm` is the LLM's path, where it lies elsewhere.
+    def from_export(
+        cls,
+        folder: str | Path,
+        llm: str | Path | None = None,
+        *,
+        mesh: Mesh | None = None,
+        backend: Backend | None = None,
+    ) -> "Pipeline":
+        """What --mode=export wrote: the same videos as from the run itself. `llm` is the LLM's path, where it lies elsewhere;
+        `mesh` and `backend` as for `from_run`.
 
         Raises FileNotFoundError naming missing files, ValueError where LLM, adapter, DiT and VAE do not belong together.
         """
-        return cls(*read_export(Path(folder), llm and str(llm)))
+        return cls(*read_export(Path(folder), llm and str(llm), mesh, backend or Backend.here()), mesh)
 
     def __call__(
         self,
@@ -115,44 +141,67 @@ class Pipeline:
         faults = check_clip(*size, self.model.patch, open_vae(self.config.model.vae.path), "sample")
         if faults:
             raise ValueError("; ".join(faults))
+        seeds = np.asarray(seeds, np.int32)
         times = sampler.times_for(chosen["stepper"], chosen["steps"], self.model.shift)
-        ways, own = jax.process_count(), jax.process_index()
-        limit = min(self.config.sample.batch_size, -(-len(seeds) // ways))
-        videos = []
-        for start in range(0, len(seeds), limit * ways):
-            rows = np.arange(start, min(start + limit * ways, len(seeds)))
-            padded = np.resize(rows, (ways, limit))[own]
-            video = self._sample(
-                self.params,
-                self.vae,
-                rephrasings.states[padded],
-                rephrasings.mask[padded],
-                jnp.asarray(seeds, jnp.int32)[padded],
-                times,
-                chosen["guidance"],
-                shape=self.model.latent_shape(size),
-                stepper=chosen["stepper"],
+        ways = batch_ways(self.mesh)
+        limit = -(-min(self.config.sample.batch_size, len(seeds)) // ways) * ways
+        if len(seeds) < ways:
+            LOG.info(
+                "%d videos leave %d of %d devices without one: a larger mesh.context shares each",
+                len(seeds),
+                ways - len(seeds),
+                ways,
             )
-            videos.append(gathered(np.asarray(video))[: len(rows)])
+        videos = []
+        for start in range(0, len(seeds), limit):
+            count = min(limit, len(seeds) - start)
+            padded = np.resize(np.arange(start, start + count), limit)
+            rows = put_rows((rephrasings.states[padded], rephrasings.mask[padded], seeds[padded]), self.mesh)
+            with self.on_mesh():
+                video = self._sample(
+                    self.params,
+                    self.vae,
+                    *rows,
+                    times,
+                    chosen["guidance"],
+                    shape=self.model.latent_shape(size),
+                    stepper=chosen["stepper"],
+                )
+            videos.append(np.asarray(video)[:count])
         return np.concatenate(videos)
 
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """While active, the pipeline's mesh is the current one."""
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
-def open_run(workdir: Path) -> tuple[runs.Run, Condition, dict]:
-    """(run, its LLM, its VAE's parameters). FileNotFoundError where there is no run, ValueError when LLM or VAE are others now."""
+
+def open_run(
+    workdir: Path, mesh: Mesh | None = None, backend: Backend | None = None
+) -> tuple[runs.Run, Condition, dict]:
+    """(run, its LLM, its VAE's parameters), spread over the mesh, or on one device.
+
+    FileNotFoundError where there is no run, ValueError when LLM or VAE are others now.
+    """
     config = ConfigDict(runs.read_config(workdir))
-    language = language_from(config.model)
-    run = runs.read_run(workdir, language.width)
+    place = mesh and partial(shardings, mesh=mesh)
+    language = language_from(config.model, mesh=mesh)
+    run = runs.read_run(workdir, language.width, place, backend or Backend.here())
     runs.check_heard(str(workdir), run.meta["llm"], language.identity)
-    vae, identity = load_vae(config.model.vae.path)
+    vae, identity = load_vae(config.model.vae.path, place)
     runs.check_vae(str(workdir), run.meta["vae"], identity)
     return run, language, vae
 
 
 def make_videos(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):
-    """States [B, L, d_llm] and their mask -> videos uint8 [B, T, H, W, 3]; pure, to be jitted.
+    """Videos uint8 [B, T, H, W, 3]: `make_latents`, then decoding. Pure, to be jitted; `vae` as in Pipeline."""
+    latents = make_latents(model, params, states, mask, seeds, times, guidance, shape=shape, stepper=stepper)
+    return to_uint8(model.decode(vae, latents))
 
-    `shape` is that of one video's latents: their noise comes from the seeds int32 [B] alone. `params` and `vae` as in Pipeline,
-    `times` and `stepper` as in sampler.py. One scan over the times, then decoding.
+
+def make_latents(model: Model, params, states, mask, seeds, times, guidance, *, shape, stepper) -> jax.Array:
+    """Latents [B, *shape] for states [B, L, d_llm] and their mask: noise from the seeds int32 [B] alone, one scan over `times`.
+
+    `params` as in Pipeline, `times` and `stepper` as in sampler.py.
     """
     noise = sampler.initial_noise(jax.random.key(0), seeds, shape)
     null = model.null(params)
@@ -167,4 +216,4 @@ def make_videos(model: Model, params, vae, states, mask, seeds, times, guidance,
         now = keys_and_values(t[: len(states)]) if model.time_cond else kv
         return flow.to_velocity(model.dit(params, x, t, now), x, t, model.prediction)
 
-    return to_uint8(model.decode(vae, sampler.sample(sampler.guide(velocity, guidance), noise, times, stepper)))
+    return sampler.sample(sampler.guide(velocity, guidance), noise, times, stepper)

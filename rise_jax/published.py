@@ -18,7 +18,7 @@ from rise_jax.models.t5 import make_t5
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
 from rise_jax.placement import check, stream
-from rise_jax.sharding import put
+from rise_jax.sharding import place_whole, put
 from rise_jax.trees import named_leaves, nested
 from rise_jax.weights_t5 import load_t5, text_ids
 from rise_jax.weights_wan import transformer_folder, wan_sizes, wan_table
@@ -35,11 +35,11 @@ def open_vae(path: str) -> Pixels | WanVAE:
     return Pixels() if path == PIXELS else WanVAE(open_wan_vae(path)[0])
 
 
-def load_vae(path: str) -> tuple[dict, dict]:
-    """(parameters, identity) of a VAE; both are {} for `pixels`, which has none."""
+def load_vae(path: str, place: Callable | None = None) -> tuple[dict, dict]:
+    """(parameters, identity) of a VAE; both are {} for `pixels`, which has none. `place` as for `load_wan_vae`."""
     if path == PIXELS:
         return {}, {}
-    loaded = load_wan_vae(path)
+    loaded = load_wan_vae(path, place=place)
     return loaded.params, {"sha256": loaded.source.sha256()}
 
 
@@ -80,7 +80,7 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
         leaves = named_leaves({"dit": stream(part, table, folder, place(part))})
         origins = dict.fromkeys(leaves, f"file {folder.sha256()}")
     if "null/embedding" in wanted:
-        value, origin = load_null(model)
+        value, origin = load_null(model, place)
         leaves["null/embedding"] = put(value, place({"null": value})["null"])
         origins["null/embedding"] = origin
     return leaves, origins
@@ -91,15 +91,16 @@ def null_shape(model: ConfigDict) -> tuple[int, int, int]:
     return (1, 1, model.adapter.d_ctx) if model.null == NATIVE else load_null(model)[0].shape
 
 
-def load_null(model: ConfigDict) -> tuple[np.ndarray, str]:
+def load_null(model: ConfigDict, place: Callable | None = None) -> tuple[np.ndarray, str]:
     """(embedding [1, L, d_ctx], origin) of the condition a backbone was trained to take for "no prompt".
 
-    `model.null` is "native": what the native encoder says of the empty text, or a .safetensors file with a tensor `null`.
+    `model.null` is "native": what the native encoder, its parameters placed by `place(tree)`, says of the empty text; or a
+    .safetensors file with a tensor `null`.
     FileNotFoundError or ValueError say what is missing or of another width.
     """
     width = model.adapter.d_ctx
     if model.null == NATIVE:
-        loaded, encode = _native_encoder(model.native)
+        loaded, encode = _native_encoder(model.native, place)
         value = np.asarray(encode(loaded.params, *text_ids(loaded.tokenizer, [""], 1)), np.float32)
         origin = f"encoder {loaded.source.sha256()}"
         return _checked_null(model.native.path, {"null": value}, width), origin
@@ -111,8 +112,9 @@ def load_null(model: ConfigDict) -> tuple[np.ndarray, str]:
     return value, f"file {hashlib.sha256(Path(model.null).read_bytes()).hexdigest()}"
 
 
-def native_statistics(model: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, standard deviation), each [width], of the native encoder's states over all tokens of the captions in `model.calibrate`.
+def native_statistics(model: ConfigDict, place: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard deviation), each [width], of the native encoder's states over all tokens of the captions in `model.calibrate`;
+    its parameters are placed by `place(tree)`.
 
     FileNotFoundError for a missing file; ValueError for an empty one, or a caption longer than `model.native.length`.
     """
@@ -122,7 +124,7 @@ def native_statistics(model: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     captions = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not captions:
         raise ValueError(f"model.calibrate={model.calibrate} holds no caption: write one a line")
-    loaded, encode = _native_encoder(model.native)
+    loaded, encode = _native_encoder(model.native, place)
     ids, mask = text_ids(loaded.tokenizer, captions, model.native.length)
     total = square = 0.0
     for start in range(0, len(captions), CAPTIONS):
@@ -134,13 +136,14 @@ def native_statistics(model: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.sqrt(np.maximum(square / mask.sum() - mean**2, 0)).astype(np.float32)
 
 
-def _native_encoder(native: ConfigDict):
-    """(the encoder, its parameters on the host, jitted (params, ids, mask) -> states); loaded for this call alone."""
+def _native_encoder(native: ConfigDict, place: Callable | None):
+    """(the encoder, jitted (params, ids, mask) -> states, whole on every device); loaded for this call alone."""
     dtype = jnp.dtype(native.dtype)
-    loaded = load_t5(native.path, dtype)
+    loaded = load_t5(native.path, dtype, place)
     make, _ = make_t5(loaded.config, dtype)
-    loaded = loaded._replace(params=jax.tree.map(np.asarray, loaded.params))
-    return loaded, jax.jit(lambda params, ids, mask: make(params)(ids, mask))
+    if place is None:  # free to follow any mesh
+        loaded = loaded._replace(params=jax.tree.map(np.asarray, loaded.params))
+    return loaded, jax.jit(lambda params, ids, mask: place_whole(make(params)(ids, mask)))
 
 
 def _checked_null(path: str, tensors: dict, width: int) -> np.ndarray:

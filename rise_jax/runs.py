@@ -17,6 +17,7 @@ from rise_jax.build import Model, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.language import differing, states_in_batch
 from rise_jax.models.adapter import calibrate_output
+from rise_jax.models.attention import XLA, Backend
 from rise_jax.optim import make_optimizer
 from rise_jax.sharding import put
 from rise_jax.step import TrainState, new_state
@@ -62,22 +63,24 @@ def check_run(workdir: Path) -> None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
 
 
-def read_run(workdir: Path, d_llm: int) -> Run:
+def read_run(workdir: Path, d_llm: int, place: Callable | None = None, backend: Backend = XLA) -> Run:
     """The newest good checkpoint of a run, which stays as it is; `d_llm` is the width of the LLM it was trained on.
 
+    `place(tree)` gives the shardings of its leaves, None: one device; `backend` is that of the model's attention.
     Raises FileNotFoundError when there is no checkpoint, ValueError naming every leaf that does not fit.
     """
     config = ConfigDict(read_config(workdir))
-    model = model_from(config.model, d_llm, states_in_batch)
+    place = place or _one_device
+    model = model_from(config.model, d_llm, states_in_batch, backend=backend)
     trainable, rest = partition(model.abstract, list(config.model.trainable))
     optimizer = make_optimizer(1.0, kind=config.optim.kind)  # for the shapes of its state alone
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
-    found = checkpoints.restore(_on_one_device(jax.eval_shape(lambda leaves: new_state(leaves, optimizer), trainable)))
+    found = checkpoints.restore(abstract_state(trainable, optimizer, place))
     checkpoints.close()
     if found is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
     step, state, meta = found
-    frozen = read_frozen(Path(workdir), config.model, rest, model.abstract, meta["provenance"], _one_device)
+    frozen = read_frozen(Path(workdir), config.model, rest, model.abstract, meta["provenance"], place)
     return Run(config, model, meta, step, combine(state.ema, frozen), set(named_leaves(state.ema)))
 
 
@@ -156,7 +159,7 @@ def initial_parameters(
         part = {"adapter": tree["adapter"]}
         tree |= jax.jit(model.calibrate, out_shardings=place(part))(part, *heard)
         if config.model.calibrate:
-            adapter = calibrate_output(tree["adapter"], *published.native_statistics(config.model))
+            adapter = calibrate_output(tree["adapter"], *published.native_statistics(config.model, place))
             tree["adapter"] = put(adapter, place({"adapter": adapter})["adapter"])
     return Parameters(tree, {name: origins[name] for name in names})
 
@@ -190,6 +193,12 @@ def check_vae(who: str, theirs: dict, ours: dict) -> None:
         raise ValueError(f"{who} was trained on another VAE: {theirs} then, {ours} now")
 
 
+def born_state(trained: dict, optimizer, place: Callable) -> TrainState:
+    """The state of step 0 from trained leaves, which it takes over: no leaf is ever whole on one device that is to hold a part."""
+    make = lambda leaves: new_state(leaves, optimizer)
+    return jax.jit(make, donate_argnums=0, out_shardings=place(jax.eval_shape(make, trained)))(trained)
+
+
 def abstract_state(trainable: dict, optimizer, sharding_of) -> TrainState:
     """ShapeDtypeStructs of a TrainState with the shardings that `sharding_of(tree)` gives."""
     return _placed(jax.eval_shape(lambda leaves: new_state(leaves, optimizer), trainable), sharding_of)
@@ -203,7 +212,3 @@ def _placed(tree, place):
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, place(tree)
     )
-
-
-def _on_one_device(tree):
-    return _placed(tree, _one_device)

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from rise_jax.trees import path_name
 
 AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 # (pattern, mesh axes of the trailing array axes); the first match wins, leading axes (stacked layers) stay whole.
 RULES = (
@@ -78,26 +79,111 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First axis split over data and fsdp, the rest whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def current_mesh() -> AbstractMesh:
+    """The mesh of jax.set_mesh at trace time; `.empty` without one."""
+    return jax.sharding.get_abstract_mesh()
+
+
+def place_tokens(x: jax.Array) -> jax.Array:
+    """Activations [B, S, ...] inside jit: samples over data and fsdp, places over context. As they are without a mesh."""
+    return _place(x, (BATCH_AXES, "context"))
+
+
+def place_samples(x: jax.Array) -> jax.Array:
+    """Activations [B, ...] inside jit: samples over data and fsdp, the rest whole. As they are without a mesh."""
+    return _place(x, (BATCH_AXES,))
+
+
+def place_whole(x: jax.Array) -> jax.Array:
+    """An array inside jit: all of it on every device. As it is without a mesh."""
+    return _place(x, ())
+
+
+def sequence_padding(length: int) -> int:
+    """Places to add to a sequence so that it divides over the current mesh's context axis; 0 without a mesh."""
+    mesh = current_mesh()
+    return 0 if mesh.empty else -length % mesh.shape["context"]
+
+
+def fitted(shape: Sequence[int], axes: Sequence[Any], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """`axes` (a mesh axis, several, or None per array axis) without those whose size does not divide the array's."""
+
+    def fits(size, axis):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    return PartitionSpec(*[axis if fits(size, axis) else None for size, axis in zip(shape, axes)])
+
+
+def batch_ways(mesh: Mesh | None) -> int:
+    """Over how many devices samples are split; 1 without a mesh."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
 
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> None:
     """Raises ValueError, naming the nearest sizes that fit, when the `accumulate` parts of a batch do not divide over data x fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    ways = batch_ways(mesh) * accumulate
     if batch_size < 1 or batch_size % ways:
         below = batch_size // ways * ways
         nearest = f"{below} or {below + ways}" if below > 0 else f"{ways}"
         parts = f" times run.accumulate={accumulate}" if accumulate > 1 else ""
         raise ValueError(
             f"run.batch_size={batch_size} does not divide over mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']} = {ways // accumulate} devices{parts}; nearest: {nearest}"
+            f"mesh.fsdp={mesh.shape['fsdp']} = {ways // accumulate} devices{parts}; nearest: {nearest}. "
+            f"To use more devices than samples, split their tokens: {_fewer_samples(batch_size // accumulate, mesh)}"
         )
 
 
+def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, ascending: what it has to load.
+
+    Processes that differ along context or tensor alone hold the same rows. Rows need not be consecutive: on a torus, neighbours
+    on the mesh may belong to other hosts.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays -> global arrays on the mesh, split by `batch_sharding`; each process passes its own rows."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    """Host arrays -> global arrays on the mesh, split by `batch_sharding`; each process passes its `process_rows`."""
+    sharding, ways = batch_sharding(mesh), batch_ways(mesh)
+    own = process_rows(ways, mesh)
+
+    def put(rows):
+        each = len(rows) // len(own)
+
+        def part(index):
+            first = np.searchsorted(own, (index[0].start or 0) // each) * each
+            return rows[first : first + each]
+
+        return jax.make_array_from_callback((each * ways, *rows.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def put_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Host arrays [B, ...] that every process has whole -> split over data and fsdp, whole where B does not divide.
+
+    Without a mesh they are returned as they are.
+    """
+    if mesh is None:
+        return tree
+    split = lambda rows: NamedSharding(mesh, fitted(rows.shape, (BATCH_AXES,), mesh))
+    return put(tree, jax.tree.map(split, tree))
+
+
+def put_parameters(tree: Any, mesh: Mesh | None) -> Any:
+    """Host arrays that every process has whole -> by RULES, each device its part; without a mesh, the default device."""
+    return jax.device_put(tree) if mesh is None else put(tree, shardings(tree, mesh))
+
+
+def describe(mesh: Mesh) -> str:
+    """'mesh data=4, fsdp=2, context=1, tensor=1 of 8 devices (cpu)'"""
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"mesh {sizes} of {mesh.size} device{'s' * (mesh.size > 1)} ({mesh.devices.flat[0].device_kind})"
 
 
 def _checked(*sizes: int) -> tuple[dict[str, int], list[str]]:
@@ -130,10 +216,21 @@ def put(tree: Any, targets: Any) -> Any:
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     for pattern, axes in RULES:
         if re.search(pattern, name) and len(shape) >= len(axes):
-            trailing = shape[len(shape) - len(axes) :]
-            fitted = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, trailing)]
-            return PartitionSpec(*[None] * (len(shape) - len(axes)), *fitted)
+            return fitted(shape, (None,) * (len(shape) - len(axes)) + axes, mesh)
     return PartitionSpec()
+
+
+def _place(x: jax.Array, axes: tuple) -> jax.Array:
+    mesh = current_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitted(x.shape, axes, mesh))
+
+
+def _fewer_samples(batch_size: int, mesh: Mesh) -> str:
+    """The mesh with as much of data x fsdp moved to context as leaves a divisor of the batch; data gives first."""
+    ways, others = math.gcd(max(batch_size, 1), batch_ways(mesh)), mesh.size // batch_ways(mesh)
+    fsdp = math.gcd(mesh.shape["fsdp"], ways)
+    sizes = dict(data=ways // fsdp, fsdp=fsdp, context=mesh.size * mesh.shape["context"] // (ways * others))
+    return _describe(sizes)
 
 
 def _misfit(sizes: dict[str, int], fixed: int, devices: int) -> str:

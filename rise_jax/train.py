@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rise_jax import runs
-from rise_jax.build import language_from, model_from
+from rise_jax.build import backend_from, describe_attention, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
@@ -22,11 +23,11 @@ from rise_jax.language import states_in_batch
 from rise_jax.loop import batches_on, compile_step, run_steps
 from rise_jax.models.remat import check_remat
 from rise_jax.optim import make_optimizer
-from rise_jax.processes import first_then_others, from_first, is_first, meet
+from rise_jax.processes import from_first, is_first, meet
 from rise_jax.published import load_vae
 from rise_jax.report import peak_memory_gib, read_metrics, write_summary
-from rise_jax.sharding import check_batch, make_mesh, put, shardings
-from rise_jax.step import make_train_step, new_state
+from rise_jax.sharding import check_batch, describe, make_mesh, process_rows, shardings
+from rise_jax.step import make_train_step
 from rise_jax.throughput import Work, device_memory_gib, peak_tflops
 from rise_jax.trees import partition, tree_sha256
 from rise_jax.validate import validate
@@ -84,14 +85,15 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     mesh = make_mesh(**config.mesh)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     check_remat(config.model.dit.get("remat", "none"), jax.local_devices()[0])
+    backend = backend_from(config.model)
+    where = f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}"
     source = open_source(**_source_settings(config))
-    language = language_from(config.model)
-    table, frozen, heard = _conditions(config, workdir, source, language, mesh)
+    language = language_from(config.model, mesh=mesh)
     with jax.set_mesh(mesh):
+        table, frozen, heard = _conditions(config, workdir, source, language)
         states = states_in_batch if config.data.states == "cached" else language.states_in_step
-        model = model_from(config.model, language.width, states)
-        vae, vae_identity = load_vae(config.model.vae.path)
-        frozen["vae"] = put(vae, shardings(vae, mesh))
+        model = model_from(config.model, language.width, states, backend=backend)
+        frozen["vae"], vae_identity = load_vae(config.model.vae.path, partial(shardings, mesh=mesh))
         optimizer = make_optimizer(
             config.optim.learning_rate,
             config.optim.warmup,
@@ -119,13 +121,12 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             batch_size=config.run.batch_size,
             seed=config.run.seed,
             start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=process_rows(config.run.batch_size, mesh),
             workers=config.data.workers,
             max_bad=config.data.max_bad,
             quarantine_file=workdir / "quarantine.jsonl",
         )
-        _announce(config, source, start, state, frozen)
+        _announce(config, source, start, state, frozen, where)
         code = 0
         if start < config.run.steps:
             batches = batches_on(mesh, batches, table, start)
@@ -162,17 +163,14 @@ def _source_settings(config: ConfigDict) -> dict:
     return {name: config.data[name] for name in names} | {"seed": config.run.seed}
 
 
-def _conditions(config, workdir, source, language, mesh) -> tuple[dict, dict, tuple]:
+def _conditions(config, workdir, source, language) -> tuple[dict, dict, tuple]:
     """(per-text rows that go with a batch, frozen inputs of the step, states and mask of some texts)."""
-    with first_then_others("captions"):
-        pairs = complete(source.texts, language, workdir / "captions.jsonl")
+    pairs = complete(source.texts, language, workdir / "captions.jsonl")
     if config.data.states == "cached":
-        with first_then_others("states"):
-            states, mask = cached_states(pairs, language, workdir / "states.npz")
+        states, mask = cached_states(pairs, language, workdir / "states.npz")
         return dict(states=states, states_mask=mask), {}, (states[:HEARD], mask[:HEARD])
-    llm = put(language.params, shardings(language.params, mesh))
-    heard = from_first(language.teach(pairs[:HEARD]))
-    return language.tokens(pairs), {"llm": llm, "prefix": language.prefix}, heard
+    frozen = {"llm": language.params, "prefix": language.prefix}
+    return language.tokens(pairs), frozen, language.teach(pairs[:HEARD])
 
 
 def _state(config, workdir, checkpoints, model, optimizer, identities, heard, mesh):
@@ -188,26 +186,25 @@ def _state(config, workdir, checkpoints, model, optimizer, identities, heard, me
         frozen = runs.read_frozen(workdir, config.model, rest, model.abstract, meta["provenance"], place)
         return step, state, frozen, meta
     origin = find_start(config.run.init_from, config.run.preset)
-    source = runs.read_run(origin, heard[0].shape[-1]) if origin else None
+    source = runs.read_run(origin, heard[0].shape[-1], place) if origin else None
     if source:
         LOG.info("starting from the EMA of %s, step %d", origin, source.step)
     params, provenance = runs.initial_parameters(model, config, source, identities["llm"], heard, place)
     trained, frozen = partition(params, list(config.model.trainable))
     runs.refuse_random(frozen, provenance)
     runs.write_frozen(workdir, frozen, provenance)
-    state = jax.jit(lambda leaves: new_state(leaves, optimizer), donate_argnums=0)(trained)
-    state = jax.device_put(state, place(state))
+    state = runs.born_state(trained, optimizer, place)
     meta = {"config": config.to_dict(), "provenance": provenance, "versions": _versions()} | identities
     return 0, state, frozen, meta
 
 
-def _announce(config, source, start, state, frozen) -> None:
+def _announce(config, source, start, state, frozen, where) -> None:
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     print(
         f"{config.run.stage}, preset {config.run.preset}: {count(state.params):,} trainable and {count(frozen['params']):,} frozen "
         f"parameters (the LLM is frozen too), {len(source):,} clips of {'x'.join(map(str, source.shape[:3]))}, "
         f"{len(source.texts):,} texts, batch {config.run.batch_size}, steps {start} to {config.run.steps}, "
-        f"{jax.device_count()} device(s)",
+        f"{where}",
         flush=True,
     )
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
+from rise_jax.models.attention import NAMES, SEQUENCES, cudnn_obstacle
 from rise_jax.models.remat import REMAT
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
@@ -23,7 +24,7 @@ from rise_jax.sampler import STEPPERS
 def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
     """Raises one ValueError that lists every fault of the config. `vae` stands in for the one at `model.vae.path`."""
     vae = vae or open_vae(config.model.vae.path)
-    faults = [*_choices(config), *_ranges(config), *_run_parts(config.run)]
+    faults = [*_choices(config), *_ranges(config), *_run_parts(config.run), *_attention(config.model)]
     faults += [*_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
@@ -53,6 +54,8 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         "model.adapter.kind": (config.model.adapter.kind, KINDS),
         "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "model.attention": (config.model.attention, NAMES),
+        "model.sequence": (config.model.sequence, SEQUENCES),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
         "model.dit.remat": (config.model.dit.get("remat", "none"), REMAT),
         "model.prediction": (config.model.prediction, PREDICTIONS),
@@ -131,6 +134,14 @@ def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
             f"model.dit.text_len={dit.text_len} cannot hold {adapter.registers} registers and {tokens} tokens; "
             f"nearest: {adapter.registers + tokens}"
         )
+
+
+def _attention(model: ConfigDict) -> Iterable[str]:
+    parts = {"dit": model.dit} | ({"adapter": model.adapter} if model.adapter.kind in ("refiner", "resampler") else {})
+    for name, part in parts.items():
+        reason = cudnn_obstacle(model.dtype, part.width // part.heads) if model.attention == "cudnn" else None
+        if reason:
+            yield f"model.attention='cudnn' {reason} in model.{name}; nearest: xla (or auto, which chooses by itself)"
 
 
 def _clip_sizes(config: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:

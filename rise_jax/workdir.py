@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 # Keys that may differ between the starts of one run: they change how long or where it runs, not what it computes.
-FREE = r"^(run\.(steps|accumulate|save_every|keep|profile)|model\.dit\.remat|mesh\..*|sample\..*|data\.workers)$"
+FREE = r"^(run\.(steps|accumulate|save_every|keep|profile)|model\.(attention|sequence|dit\.remat)|mesh\..*|sample\..*|data\.workers)$"
 
 
 def lock_workdir(workdir: str | os.PathLike) -> TextIO:

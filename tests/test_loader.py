@@ -117,9 +117,14 @@ def test_a_late_start_does_not_replay(load):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_split_the_rows_of_the_same_batches(load, processes):
     whole = take(load(Numbered(10)), 7)
-    shares = [take(load(Numbered(10), process_index=n, process_count=processes), 7) for n in range(processes)]
+    shares = [take(load(Numbered(10), rows=rows), 7) for rows in np.split(np.arange(4), processes)]
     assert all(len(batch["index"]) == 4 // processes for share in shares for batch in share)
     assert_same(whole, [joined(rows) for rows in zip(*shares)])
+
+
+def test_a_process_may_load_rows_that_are_not_neighbours(load):
+    whole, part = (take(load(Numbered(10), rows=rows), 7) for rows in (None, [0, 3]))
+    assert_same([{name: value[[0, 3]] for name, value in batch.items()} for batch in whole], part)
 
 
 @pytest.mark.slow
@@ -199,8 +204,8 @@ def test_processes_that_share_the_file_count_together(load, tmp_path):
     source = Numbered(10, bad=range(4))
     for n in range(2):  # one process alone meets at most 3 of the 4 in the first epoch
         file = tmp_path / f"{n}.jsonl"
-        take(load(source, process_index=n, process_count=2, max_bad=0.3, quarantine_file=file), 3)
-    shares = [load(source, process_index=n, process_count=2, max_bad=0.3) for n in range(2)]
+        take(load(source, rows=[2 * n, 2 * n + 1], max_bad=0.3, quarantine_file=file), 3)
+    shares = [load(source, rows=[2 * n, 2 * n + 1], max_bad=0.3) for n in range(2)]
     together = (next(share) for _ in range(3) for share in shares)
     with pytest.raises(RuntimeError, match="of 10 clips"):
         list(together)
@@ -267,10 +272,11 @@ def test_a_folder_with_damaged_files(load, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"batch_size": 10, "process_count": 4}, "batch_size=10 does not divide over 4 processes; nearest valid .*: 8"),
-        ({"batch_size": 1, "process_count": 4}, "nearest valid batch_size: 4"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"process_index": 1}, r"process_index=1 is outside \[0, 1\)"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"rows": []}, r"rows=\[\] must be ascending numbers in \[0, 4\), at least one"),
+        ({"rows": [1, 4]}, r"rows=\[1, 4\] must be"),
+        ({"rows": [-1, 2]}, r"rows=\[-1, 2\] must be"),
+        ({"rows": [2, 2]}, r"rows=\[2, 2\] must be"),
         ({"seed": -1}, r"seed=-1 is outside .*; nearest valid value: 0"),
         ({"seed": 2**32}, f"nearest valid value: {2**32 - 1}"),
         ({"start_step": -1}, "start_step=-1"),

@@ -9,6 +9,7 @@ from tiny import tiny_config, write_llm
 
 from rise_jax import Pipeline
 from rise_jax.sampler import initial_noise
+from rise_jax.sharding import make_mesh
 from rise_jax.train import train
 from rise_jax.video import to_uint8
 
@@ -95,6 +96,14 @@ def test_a_video_depends_on_its_own_states_and_seed_alone(loud):
             assert distance(loud.render(heard, seeds), videos) <= 1
     for other in (loud.render(heard, seeds + 1), loud.render(rows(heard, order), seeds)):
         assert all(distance(a, b) > 20 for a, b in zip(other, videos))
+
+
+def test_a_mesh_makes_the_same_videos(loud):
+    """Parameters, videos and the tokens of each spread over all eight devices; three videos, which do not divide over two."""
+    mesh = make_mesh(1, 2, 2, 2)
+    spread = Pipeline(loud.model, loud.params, loud.vae, loud.language, loud.config, mesh)
+    heard = loud.language.rephrase(PROMPTS)
+    assert distance(spread.render(heard, [7, 1, 4]), loud.render(heard, [7, 1, 4])) <= 1
 
 
 @pytest.mark.parametrize("pipe", ["off"], indirect=True)

@@ -1,3 +1,8 @@
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from rise_jax.sharding import batch_sharding, check_batch, make_mesh, put_batch, replicated, shardings
+from rise_jax.sharding import batch_sharding, check_batch, describe, make_mesh, put_batch, replicated, shardings
 from rise_jax.trees import named_leaves
 
 PARAMS = {
@@ -111,8 +116,72 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_sizes():
         ValueError, match="run.batch_size=12 does not divide over mesh.data=2 x mesh.fsdp=4 = 8.*8 or 16"
     ):
         check_batch(12, mesh)
-    with pytest.raises(ValueError, match="nearest: 8"):
+    with pytest.raises(ValueError, match="nearest: 8.*split their tokens: mesh.data=1, mesh.fsdp=1, mesh.context=8"):
         check_batch(3, mesh)
     check_batch(32, mesh, accumulate=2)
     with pytest.raises(ValueError, match="= 8 devices times run.accumulate=2; nearest: 16 or 32"):
         check_batch(24, mesh, accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "samples", "better"),
+    [
+        ((8, 1, 1, 1), 2, (2, 1, 4)),
+        ((1, 8, 1, 1), 2, (1, 2, 4)),
+        ((2, 2, 1, 2), 2, (1, 2, 2)),
+        ((4, 1, 2, 1), 1, (1, 1, 8)),
+    ],
+)
+def test_fewer_samples_than_devices_are_told_to_split_their_tokens(sizes, samples, better):
+    with pytest.raises(ValueError, match="mesh.data={}, mesh.fsdp={}, mesh.context={}$".format(*better)):
+        check_batch(samples, make_mesh(*sizes))
+    check_batch(samples, make_mesh(*better, sizes[3]))
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from rise_jax.sharding import make_mesh, process_rows, put_batch
+rows = np.arange(24, dtype="f4").reshape(8, 3)
+first, second = (jax.devices()[i : i + 4] for i in (0, 4))
+alternating = [device for pair in zip(first, second) for device in pair]
+for devices, sizes, own in (
+    (jax.devices(), (8, 1, 1, 1), ([0, 1, 2, 3], [4, 5, 6, 7])),
+    (alternating, (4, 2, 1, 1), ([0, 2, 4, 6], [1, 3, 5, 7])),
+    (alternating, (2, 2, 2, 1), (range(8), range(8))),
+    (jax.devices(), (1, 2, 2, 2), ([0, 1, 2, 3], [4, 5, 6, 7])),
+):
+    mesh = make_mesh(*sizes, devices=devices)
+    assert process_rows(8, mesh).tolist() == list(own[int(sys.argv[2])]), sizes
+    batch = put_batch(rows[process_rows(8, mesh)], mesh)
+    for shard in batch.addressable_shards:
+        np.testing.assert_array_equal(shard.data, rows[shard.index])
+print("right")
+"""
+
+
+def test_a_process_loads_the_rows_of_its_own_devices():
+    """Two processes of four devices: beside each other, alternating on the mesh, and with the same rows where context spans them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", TWO_PROCESSES, port]
+    processes = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [out for out, _ in said] == ["right\n"] * 2, said
+
+
+def test_a_mesh_is_described_with_all_its_sizes():
+    assert describe(make_mesh(2, 2, 1, 2)) == "mesh data=2, fsdp=2, context=1, tensor=2 of 8 devices (cpu)"
+    assert describe(make_mesh(devices=jax.devices()[:1])).endswith("tensor=1 of 1 device (cpu)")

@@ -1,4 +1,4 @@
-"""The step: what it may change, what it must not, and that packing, meshes and cached states change no number."""
+"""The step: what it may change, what it must not, and that packing and cached states change no number."""
 
 import re
 
@@ -190,22 +190,6 @@ def test_every_adapter_kind_trains(kind, time_cond):
     model = make(adapter=sizes)
     _, metrics, _ = run(model, unzeroed(model.init(jax.random.key(0))), make_batch())
     assert metrics["finite"] and metrics["grad_norm"] > 0
-
-
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2)])
-def test_every_mesh_gives_the_same_loss_and_gradients(model, params, sizes):
-    batch = make_batch()
-    one, one_metrics, _ = run(model, params, batch, steps=1)
-    mesh = make_mesh(*sizes)
-    optimizer = optax.sgd(0.1)
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(params, mesh))
-        state = new_state(placed, optimizer)
-        rows = {k: jax.device_put(v, batch_sharding(mesh)) if np.ndim(v) else v for k, v in batch.items()}
-        step = jax.jit(make_train_step(model, optimizer, **RATES))
-        many, metrics = step(state, {"params": {}, "vae": {}}, rows, jax.random.key(0))
-    np.testing.assert_allclose(metrics["loss"], one_metrics["loss"], rtol=1e-5)
-    assert_same_gradients(params, one.params, many.params)
 
 
 def test_on_a_mesh_accumulation_donation_and_the_placement_of_the_ema(model, params):

@@ -19,6 +19,11 @@ FAULTS = {
     "model__adapter__kind": ("refinr", "model.adapter.kind='refinr' is unknown .nearest: refiner"),
     "model__prediction": ("noise", "valid: velocity, data"),
     "model__dtype": ("float16", "nearest: float32|nearest: bfloat16"),
+    "model__attention": (
+        "flash",
+        "model.attention='flash' is unknown .nearest: splash.; valid: auto, xla, cudnn, splash",
+    ),
+    "model__sequence": ("rings", "model.sequence='rings' is unknown .nearest: ring"),
     "data__states": ("cache", "nearest: cached"),
     "sample__stepper": ("eular", "nearest: euler"),
     "optim__kind": ("moun", "nearest: muon"),
@@ -45,6 +50,20 @@ def test_a_fault_is_named_with_the_nearest_choice(key, tmp_path):
 def test_all_faults_are_named_at_once(tmp_path):
     with pytest.raises(ValueError, match="(?s)data.frames=3.*data.height=20|data.height=20.*data.frames=3"):
         validate(tiny_config(1, tmp_path, data__frames=3, data__height=20))
+
+
+def test_cudnn_wants_16_bits_and_a_head_width_that_it_has(tmp_path):
+    config = tiny_config(1, tmp_path, model__attention="cudnn")
+    with pytest.raises(
+        ValueError, match="='cudnn' needs bfloat16 or float16, and this is float32 in model.dit; nearest: xla"
+    ):
+        validate(config)
+    config.model.dtype = "bfloat16"
+    with pytest.raises(ValueError, match="this is 12 .nearest: 16. in model.dit") as error:
+        validate(config)
+    assert "model.adapter" not in str(error.value)  # its heads are 8 wide
+    config.model.dit.width = 32
+    validate(config)
 
 
 def test_text_len_holds_the_states_of_the_condition(tmp_path):

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -25,14 +25,13 @@ def make_loader(
     seed: int,
     quarantine_file: str | os.PathLike,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     max_bad: float = 0.01,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches start_step, start_step + 1, ... without end. Close it, or drop it, to stop its threads and processes.
 
-    batch_size: rows over all processes; this process gets b = batch_size / process_count of them, consecutive ones.
+    batch_size: rows over all processes. rows: the b of them that this process loads, ascending; None: all.
     workers: processes that load ahead; 0 loads ahead in threads of this one.
     max_bad: share of the source's clips that may be unreadable, in [0, 1].
     Each batch: video uint8 [b, T, H, W, 3], text int32 [b] (index into source.texts), index int64 [b] (number of the
@@ -40,9 +39,9 @@ def make_loader(
     named with its reason in `quarantine_file` (one JSON line per clip); next() raises RuntimeError when there are more
     of them than max_bad allows. Raises ValueError for values out of range.
     """
-    _validate(len(source), batch_size, seed, start_step, process_index, process_count, workers, max_bad)
-    rows = batch_size // process_count
-    load = _LoadRows(source, seed, batch_size, slice(process_index * rows, (process_index + 1) * rows))
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    _validate(len(source), batch_size, seed, start_step, rows, workers, max_bad)
+    load = _LoadRows(source, seed, batch_size, rows)
     items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
     batches = items.map_with_index(load)[start_step:]
     threads = min(16, os.cpu_count() or 1)
@@ -99,7 +98,7 @@ class Quarantine:
 class _LoadRows:
     """(number of a batch, its items [B]) -> this process's rows, loaded; what could not be read is under 'bad'."""
 
-    def __init__(self, source: Source, seed: int, batch_size: int, rows: slice):
+    def __init__(self, source: Source, seed: int, batch_size: int, rows: np.ndarray):
         self.source, self.seed, self.batch_size, self.rows = source, seed, batch_size, rows
 
     def __call__(self, number: int, items: np.ndarray) -> dict:
@@ -127,16 +126,13 @@ def _set_bad_aside(batches: grain.IterDataset, quarantine: Quarantine) -> Iterat
             yield batch
 
 
-def _validate(clips, batch_size, seed, start_step, process_index, process_count, workers, max_bad):
+def _validate(clips, batch_size, seed, start_step, rows, workers, max_bad):
     if clips < 1:
         raise ValueError("the source is empty: it needs at least 1 clip")
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        valid = max(1, round(batch_size / max(1, process_count))) * max(1, process_count)
-        raise ValueError(
-            f"batch_size={batch_size} does not divide over {process_count} processes; nearest valid batch_size: {valid}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is outside [0, {process_count})")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1; nearest valid value: 1")
+    if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) < 1).any():
+        raise ValueError(f"rows={rows.tolist()} must be ascending numbers in [0, {batch_size}), at least one")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is outside [0, 2**32); nearest valid value: {min(max(seed, 0), 2**32 - 1)}")
     if start_step < 0 or workers < 0:

@@ -19,6 +19,7 @@ from flax import nnx
 
 from rise_jax.axes import Array, Bool, Float, typed
 from rise_jax.models.adapter_blocks import GEGLU, Norm, RefinerBlock, ResamplerBlock, TimeEmbedding, layer_norm
+from rise_jax.models.attention import XLA, Backend
 from rise_jax.models.layers import scan_blocks, stack
 
 TIME_CONDS = ("off", "adaln")
@@ -86,6 +87,7 @@ class Adapter(nnx.Module):
       mean, std: start of the closing LayerNorm's bias and scale, each a number or [d_ctx].
       learned_null: with or without the parameter `null` [1, null_tokens, d_ctx].
       null_tokens: registers + 1 by default.
+      backend: of attention (attention.py).
     """
 
     def __init__(
@@ -150,12 +152,22 @@ class Refiner(Adapter):
     """One vector per token: context [registers, tokens]. Blocks start as the identity: their last projections at 0."""
 
     def __init__(
-        self, *, d_llm, d_ctx, width: int = 1024, depth: int = 4, heads: int = 16, dtype=jnp.float32, rngs, **options
+        self,
+        *,
+        d_llm,
+        d_ctx,
+        width: int = 1024,
+        depth: int = 4,
+        heads: int = 16,
+        dtype=jnp.float32,
+        backend: Backend = XLA,
+        rngs,
+        **options,
     ):
         super().__init__(d_llm=d_llm, d_ctx=d_ctx, width=width, register_width=width, rngs=rngs, **options)
         time_width = width if self.time_embedding else None
         self.project_in = nnx.Linear(d_llm, width, dtype=dtype, rngs=rngs)
-        sizes = dict(width=width, heads=heads, time_width=time_width)
+        sizes = dict(width=width, heads=heads, time_width=time_width, backend=backend)
         self.blocks = stack(lambda *, rngs: RefinerBlock(**sizes, dtype=dtype, rngs=rngs), depth, rngs)
         self.norm = Norm(width, time_width, rngs=rngs)
         self.project_out = nnx.Linear(width, d_ctx, dtype=dtype, rngs=rngs)
@@ -183,6 +195,7 @@ class Resampler(Adapter):
         latents: int = 64,
         output_norm: bool = True,
         dtype=jnp.float32,
+        backend: Backend = XLA,
         rngs,
         **options,
     ):
@@ -194,7 +207,7 @@ class Resampler(Adapter):
         self.project_in = nnx.Linear(d_llm, width, dtype=dtype, rngs=rngs)
         self.latents = learned_tokens(latents, width, rngs)
         self.latents_time = nnx.Linear(width, width, dtype=dtype, rngs=rngs) if time_width else None
-        sizes = dict(width=width, heads=heads, time_width=time_width)
+        sizes = dict(width=width, heads=heads, time_width=time_width, backend=backend)
         self.blocks = stack(lambda *, rngs: ResamplerBlock(**sizes, dtype=dtype, rngs=rngs), depth, rngs)
         self.norm = Norm(width, time_width, rngs=rngs) if output_norm else None
         self.project_out = nnx.Linear(width, d_ctx, dtype=dtype, rngs=rngs) if output_norm else None
@@ -218,11 +231,21 @@ class Resampler(Adapter):
 class PerToken(Adapter):
     """No token sees another: context [registers, tokens]. `width`: the mean of d_llm and d_ctx by default.
 
-    `depth` and `heads` are accepted because one row of sizes serves every kind; there is nothing here for them to set.
+    `depth`, `heads` and `backend` are accepted because one row of sizes serves every kind; there is nothing here for them to set.
     """
 
     def __init__(
-        self, *, d_llm, d_ctx, width: int | None = None, depth=None, heads=None, dtype=jnp.float32, rngs, **options
+        self,
+        *,
+        d_llm,
+        d_ctx,
+        width: int | None = None,
+        depth=None,
+        heads=None,
+        dtype=jnp.float32,
+        backend=XLA,
+        rngs,
+        **options,
     ):
         width = (d_llm + d_ctx) // 2 if width is None else width
         super().__init__(d_llm=d_llm, d_ctx=d_ctx, width=width, register_width=d_ctx, rngs=rngs, **options)

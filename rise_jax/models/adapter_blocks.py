@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from rise_jax.models.layers import attention, merge_heads, sinusoid, split_heads
+from rise_jax.models.attention import XLA, Backend, attention
+from rise_jax.models.layers import merge_heads, sinusoid, split_heads
 
 TIME_CHANNELS = 320  # sinusoid of 1000 t, as ELLA and Stable Diffusion
 
@@ -11,10 +12,10 @@ TIME_CHANNELS = 320  # sinusoid of 1000 t, as ELLA and Stable Diffusion
 class RefinerBlock(nnx.Module):
     """Pre-norm block over all tokens at once. Every residual branch starts at zero."""
 
-    def __init__(self, width, heads, time_width, *, dtype, rngs):
+    def __init__(self, width, heads, time_width, *, dtype, backend: Backend = XLA, rngs):
         zeros = nnx.initializers.zeros_init()
         self.norm_1 = Norm(width, time_width, rngs=rngs)
-        self.self_attn = Attention(width, heads, out_init=zeros, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(width, heads, out_init=zeros, dtype=dtype, backend=backend, rngs=rngs)
         self.norm_2 = Norm(width, time_width, rngs=rngs)
         self.mlp = MLP(width, nnx.gelu, out_init=zeros, dtype=dtype, rngs=rngs)
 
@@ -27,10 +28,10 @@ class RefinerBlock(nnx.Module):
 class ResamplerBlock(nnx.Module):
     """Latents attend to themselves and to the states (ELLA's order: latents first)."""
 
-    def __init__(self, width, heads, time_width, *, dtype, rngs):
+    def __init__(self, width, heads, time_width, *, dtype, backend: Backend = XLA, rngs):
         self.norm_latents = Norm(width, time_width, rngs=rngs)
         self.norm_states = Norm(width, time_width, rngs=rngs)
-        self.cross_attn = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.cross_attn = Attention(width, heads, dtype=dtype, backend=backend, rngs=rngs)
         self.norm_mlp = Norm(width, time_width, rngs=rngs)
         self.mlp = MLP(width, lambda x: jnp.square(nnx.relu(x)), dtype=dtype, rngs=rngs)
 
@@ -43,13 +44,13 @@ class ResamplerBlock(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention of x [B, S, D] over kv [B, L, D]; `mask` [B, L] is True for keys that may be seen."""
 
-    def __init__(self, width, heads, *, out_init=nnx.initializers.lecun_normal(), dtype, rngs):
+    def __init__(self, width, heads, *, out_init=nnx.initializers.lecun_normal(), dtype, backend: Backend = XLA, rngs):
         if width % heads:
             nearest = max(1, round(width / heads)) * heads
             raise ValueError(
                 f"adapter width {width} is not a multiple of heads {heads}; the nearest valid width is {nearest}"
             )
-        self.heads = heads
+        self.heads, self.backend = heads, backend
         self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, kv, mask):
         query, key, value = (split_heads(y, self.heads) for y in (self.query(x), self.key(kv), self.value(kv)))
-        return self.out(merge_heads(attention(query, key, value, mask[:, None, None, :])))
+        return self.out(merge_heads(attention(query, key, value, mask[:, None, None, :], self.backend)))
 
 
 class MLP(nnx.Module):

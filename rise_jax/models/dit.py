@@ -12,15 +12,9 @@ from einops import rearrange
 from flax import nnx
 
 from rise_jax.axes import Array, Float, typed
-from rise_jax.models.layers import (
-    LowRankLinear,
-    attention,
-    merge_heads,
-    scan_blocks,
-    sinusoid,
-    split_heads,
-    stack,
-)
+from rise_jax.models.attention import XLA, Backend, attention, self_attention
+from rise_jax.models.layers import LowRankLinear, merge_heads, scan_blocks, sinusoid, split_heads, stack
+from rise_jax.sharding import place_samples, place_tokens, sequence_padding
 
 TIME_SCALE = 1000.0  # published models take t in [0, 1000]
 FREQUENCIES = 256  # width of the time sinusoid, the same at every size
@@ -107,14 +101,25 @@ class Attention(nnx.Module):
         key = split_heads(self.key_norm(self.key(x)).astype(self.dtype), self.heads)
         return key, split_heads(self.value(x), self.heads)
 
-    def attend(self, query: Array, key: Array, value: Array) -> Array:
-        return self.out(merge_heads(attention(query, key, value)))
+    def join(self, mixed: Array) -> Array:
+        return self.out(merge_heads(mixed))
 
 
 class Block(nnx.Module):
-    def __init__(self, width: int, mlp_width: int, heads: int, *, eps: float, low_rank: int = 0, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        mlp_width: int,
+        heads: int,
+        *,
+        eps: float,
+        low_rank: int = 0,
+        dtype,
+        backend: Backend = XLA,
+        rngs: nnx.Rngs,
+    ):
         xavier = nnx.initializers.xavier_uniform()
-        self.dtype = dtype
+        self.dtype, self.backend = dtype, backend
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, width)) / width**0.5)
         self.self_norm = _norm(width, eps, False, rngs)
         self.self_attn = Attention(width, heads, eps=eps, rank=low_rank, dtype=dtype, rngs=rngs)
@@ -124,26 +129,31 @@ class Block(nnx.Module):
         self.up = nnx.Linear(width, mlp_width, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.down = nnx.Linear(mlp_width, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
 
-    def __call__(self, x: Array, time: Array, rope: tuple[Array, Array], kv: tuple[Array, Array]) -> Array:
-        """x [B, S, D]; time [B, 6, D] fp32; kv: cross-attention keys and values [B, L, N, d]."""
+    def __call__(
+        self, x: Array, time: Array, rope: tuple[Array, Array], kv: tuple[Array, Array], mask: Array | None = None
+    ) -> Array:
+        """x [B, S, D]; time [B, 6, D] fp32; kv: cross-attention keys and values [B, L, N, d]; mask [1, 1, 1, S] of real tokens."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(self.modulation[...] + time, 6, axis=1)
 
         h = _modulate(self.self_norm(x), scale, shift, self.dtype)
         key, value = self.self_attn.kv(h)
         query, key = rotate_pairs(self.self_attn.queries(h), *rope), rotate_pairs(key, *rope)
-        x = (x + gate * self.self_attn.attend(query, key, value)).astype(self.dtype)
+        mixed = self_attention(query, key, value, mask, self.backend)
+        x = (x + gate * self.self_attn.join(mixed)).astype(self.dtype)
 
         query = self.cross_attn.queries(self.cross_norm(x).astype(self.dtype))
-        x = x + self.cross_attn.attend(query, *kv)
+        x = x + self.cross_attn.join(attention(query, *kv, None, self.backend))
 
         h = _modulate(self.mlp_norm(x), mlp_scale, mlp_shift, self.dtype)
-        return (x + mlp_gate * self.down(nnx.gelu(self.up(h)))).astype(self.dtype)
+        return place_tokens((x + mlp_gate * self.down(nnx.gelu(self.up(h)))).astype(self.dtype))
 
 
 class DiT(nnx.Module):
     """Sizes: width = heads * head width, head width even; latents' F, H, W multiples of `patch`.
 
     `remat`, one of remat.REMAT, says what blocks keep for the backward pass; no number changes.
+    On a mesh whose context axis is larger than 1 the tokens lie split over it, padded with masked ones where they do not divide.
+
     `low_rank` > 0 gives the projections of self-attention a correction of that rank (layers.LowRankLinear).
 
     `coordinates` appends the place of every cell to the latents as channels, which Wan's own text-to-video weights do not
@@ -169,6 +179,7 @@ class DiT(nnx.Module):
         coordinates: bool = False,
         low_rank: int = 0,
         dtype=jnp.float32,
+        backend: Backend = XLA,
         rngs: nnx.Rngs,
     ):
         xavier = nnx.initializers.xavier_uniform()
@@ -182,11 +193,8 @@ class DiT(nnx.Module):
         self.time_up = nnx.Linear(FREQUENCIES, width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
         self.time_down = nnx.Linear(width, width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
         self.time_rows = nnx.Linear(width, 6 * width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
-        self.blocks = stack(
-            lambda *, rngs: Block(width, mlp_width, heads, eps=eps, low_rank=low_rank, dtype=dtype, rngs=rngs),
-            depth,
-            rngs,
-        )
+        options = dict(eps=eps, low_rank=low_rank, dtype=dtype, backend=backend)
+        self.blocks = stack(lambda *, rngs: Block(width, mlp_width, heads, **options, rngs=rngs), depth, rngs)
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width)) / width**0.5)
         self.out_norm = _norm(width, eps, False, rngs)
         self.patch_out = nnx.Linear(width, patch_values, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs)
@@ -212,16 +220,21 @@ class DiT(nnx.Module):
             places = coordinate_channels(*latents.shape[1:4])
             places = jnp.broadcast_to(places, (*latents.shape[:4], COORDINATES))
             latents = jnp.concatenate([latents, places], axis=-1)
-        x = self.patch_in(patchify(latents, self.patch))
+        tokens = patchify(latents, self.patch)
+        length, padding = tokens.shape[1], sequence_padding(tokens.shape[1])
+        mask = jnp.arange(length + padding)[None, None, None] < length if padding else None
+        x = self.patch_in(place_tokens(jnp.pad(tokens, ((0, 0), (0, padding), (0, 0)))))
         rope = rope_table(*grid, x.shape[-1] // self.heads)
+        rope = tuple(np.pad(table, ((0, padding), (0, 0))) for table in rope)
         time = self.time_down(nnx.silu(self.time_up(sinusoid(TIME_SCALE * t, FREQUENCIES))))
         rows = self.time_rows(nnx.silu(time)).reshape(time.shape[0], 6, -1)
 
-        call = lambda block, x, kv: (block(x, rows, rope, kv), None)
+        call = lambda block, x, kv: (block(x, rows, rope, kv, mask), None)
         x, _ = scan_blocks(self.blocks, call, x, kv, remat=self.remat, unroll=self.unroll)
         shift, scale = jnp.split(self.modulation[...] + time[:, None], 2, axis=1)
         x = _modulate(self.out_norm(x), scale, shift, self.dtype)
-        return unpatchify(self.patch_out(x), grid, self.patch).astype(jnp.float32)
+        tokens = place_samples(self.patch_out(x))[:, :length]
+        return unpatchify(tokens, grid, self.patch).astype(jnp.float32)
 
 
 def abstract_dit(**sizes) -> dict:

@@ -1,4 +1,4 @@
-"""What every model shares: stacked blocks run in one scan, and the one attention function."""
+"""What every model shares: stacked blocks run in one scan, low-rank corrections, heads and sinusoids."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rise_jax.axes import Array, Bool, Float, typed
+from rise_jax.axes import Array
 from rise_jax.models.remat import recomputed
 
 
@@ -48,17 +48,6 @@ class LowRankLinear(nnx.Linear):
         dtype = self.dtype or x.dtype
         correction = x.astype(dtype) @ self.low_rank_in[...].astype(dtype) @ self.low_rank_out[...].astype(dtype)
         return super().__call__(x) + correction
-
-
-@typed
-def attention(
-    query: Float[Array, "B S N d"],
-    key: Float[Array, "B L K d"],
-    value: Float[Array, "B L K d"],
-    mask: Bool[Array, "#B #N #S L"] | None = None,
-) -> Float[Array, "B S N d"]:
-    """Scaled dot-product attention, softmax in fp32; N must be a multiple of K (grouped queries). True in `mask` attends."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
 def split_heads(x: Array, heads: int) -> Array:

@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from flax import nnx
 
 from rise_jax.axes import Array
-from rise_jax.models.layers import attention
+from rise_jax.models.attention import attention
 
 
 class Past:
