@@ -1,6 +1,7 @@
 """The command line, and nothing else: flags -> config -> one function of rise_jax per --mode."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def main(_) -> int:
     logging.basicConfig(level=level, format="%(message)s", force=True)
     for name in ("absl", "jax", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    _keep_compiled()
     try:
         code = _run()
     except Exception as error:
@@ -44,7 +46,9 @@ def main(_) -> int:
 
 def _run() -> int:
     if "://" in WORKDIR.value:
-        raise ValueError(f"--workdir={WORKDIR.value} is no folder: mount the bucket and give the mount's path, see launch/README.md")
+        raise ValueError(
+            f"--workdir={WORKDIR.value} is no folder: mount the bucket and give the mount's path, see launch/README.md"
+        )
     processes.join_processes(HEARTBEAT.value, DISTRIBUTED.value)
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
@@ -62,6 +66,13 @@ def _explain(error: Exception) -> int:
     logging.getLogger().log(logging.DEBUG if told else logging.ERROR, "", exc_info=error)
     print(f"error: {error}", file=sys.stderr)
     return 1
+
+
+def _keep_compiled() -> None:
+    """Compiled programs outlive the process: the same command, or the next one, starts without compiling them again."""
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "rise_jax"))
 
 
 def _mode(name: str):

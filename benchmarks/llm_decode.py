@@ -1,9 +1,10 @@
-"""Greedy decoding of the embedded LLM in fp32, 64 new tokens: tokens per second against transformers + torch on the same cores.
+"""The embedded LLM in fp32 against transformers + torch on the same cores: reading 128 tokens, and greedy decoding of 64 new ones.
 
     python -m benchmarks.llm_decode [--runs=7] [--batches=1,8]
 
-All decoders take turns, so that they see the same machine; the table gives medians of whole calls (reading the prompt, then 64
-tokens), and how many of the tokens are those of torch. "scan" and "unrolled" are the two ways of `rephrase` to run the layers.
+All take turns, so that they see the same machine; the tables give medians of whole calls (decoding: reading the prompt, then 64
+tokens) in tokens per second, and how many of the decoded tokens are those of torch. "scan" and "unrolled" are the two ways of
+`rephrase` to run the layers.
 Needs the packages of tests/requirements.txt and an otherwise idle machine: torch suffers most from busy neighbours.
 """
 
@@ -19,10 +20,11 @@ import torch
 import transformers
 
 from rise_jax.models.llm import make_llm
-from rise_jax.rephrase import encode_prefix, rephrase
+from rise_jax.rephrase import encode_prefix, encoded, rephrase
 from rise_jax.weights import LLAMA, LoadedLLM, load_llm
 
 NEW, PREFIX, PROMPT = 64, 1, 31  # tokens; a shared prefix that long gives nobody an advantage
+READ = 128
 
 
 def to_torch(loaded: LoadedLLM) -> transformers.LlamaForCausalLM:
@@ -76,6 +78,17 @@ def theirs(model: transformers.LlamaForCausalLM, ids: np.ndarray):
     return decode
 
 
+def readers(loaded: LoadedLLM, model: transformers.LlamaForCausalLM, ids: np.ndarray) -> dict:
+    """One pass over `ids` up to the final states, for both."""
+    llm, _ = make_llm(loaded.config)
+    read = jax.jit(partial(encoded, llm))
+    rows, mask, tensor = jnp.asarray(ids), jnp.ones(ids.shape, bool), torch.tensor(ids)
+    return dict(
+        torch=lambda: model.model(tensor).last_hidden_state.numpy(),
+        rise_jax=lambda: np.asarray(read(loaded.params, rows, mask)),
+    )
+
+
 def seconds(function) -> float:
     start = time.perf_counter()
     function()
@@ -92,20 +105,35 @@ def main():
     model = to_torch(loaded)
     loaded = loaded._replace(params=jax.device_put(loaded.params))
     rng = np.random.default_rng(0)
+    batches = [int(batch) for batch in options.batches.split(",")]
+    print(f"fp32, {torch.get_num_threads()} cores, median of {options.runs} runs")
+    print(f"reading {READ} tokens\n{'batch':>5} {'reader':>10} {'tokens/s':>9} {'time':>6}")
+    for batch in batches:
+        ids = rng.integers(20, loaded.config.vocab, (batch, READ))
+        times, _ = take_turns(readers(loaded, model, ids), options.runs)
+        for name, time_taken in times.items():
+            print(
+                f"{batch:5d} {name:>10} {batch * READ / time_taken:9.1f} {time_taken / times['torch']:6.2f}", flush=True
+            )
     print(
-        f"{NEW} new tokens after {PREFIX + PROMPT}, fp32, {torch.get_num_threads()} cores, median of {options.runs} runs"
+        f"{NEW} new tokens after {PREFIX + PROMPT}\n{'batch':>5} {'decoder':>10} {'tokens/s':>9} {'rate':>6} {'equal':>7}"
     )
-    print(f"{'batch':>5} {'decoder':>10} {'tokens/s':>9} {'ratio':>6} {'equal':>7}")
-    for batch in map(int, options.batches.split(",")):
+    for batch in batches:
         shared = np.tile(rng.integers(20, loaded.config.vocab, PREFIX), (batch, 1))
         ids = np.concatenate([shared, rng.integers(20, loaded.config.vocab, (batch, PROMPT))], axis=1)
         decoders = dict(torch=theirs(model, ids), scan=ours(loaded, ids, False), unrolled=ours(loaded, ids, True))
-        tokens = {name: decode() for name, decode in decoders.items()}  # compiles and warms up
-        times = [{name: seconds(decode) for name, decode in decoders.items()} for _ in range(options.runs)]
-        rates = {name: batch * NEW / statistics.median(run[name] for run in times) for name in decoders}
-        for name, rate in rates.items():
+        times, tokens = take_turns(decoders, options.runs)
+        for name, time_taken in times.items():
             equal = (tokens[name] == tokens["torch"]).mean()
-            print(f"{batch:5d} {name:>10} {rate:9.1f} {rate / rates['torch']:6.2f} {equal:7.1%}", flush=True)
+            rate, ratio = batch * NEW / time_taken, times["torch"] / time_taken
+            print(f"{batch:5d} {name:>10} {rate:9.1f} {ratio:6.2f} {equal:7.1%}", flush=True)
+
+
+def take_turns(functions: dict, runs: int) -> tuple[dict, dict]:
+    """Median seconds and results of each, after one call that compiles and warms up."""
+    results = {name: function() for name, function in functions.items()}
+    times = [{name: seconds(function) for name, function in functions.items()} for _ in range(runs)]
+    return {name: statistics.median(run[name] for run in times) for name in functions}, results
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory that loading a Wan DiT takes on the host beyond what stays, for a file of about 1 GiB made for the purpose.
 
-    python benchmarks/load_memory.py [--depth 10] [--plain]
+    python -m benchmarks.load_memory [--depth 10] [--plain]
 
 Each case runs in a process of its own: the kernel's record of the peak resident memory (VmHWM) minus the resident memory right
 after loading, over the bytes of the largest stacked leaf. Aim: at most 1.3. "beyond" is stricter: the peak minus what was there

@@ -1,6 +1,6 @@
 """Encoding and decoding of a clip by Wan's autoencoder, against diffusers' AutoencoderKLWan.
 
-    python benchmarks/wan_vae.py [--rounds 12] [--width 32] [--size 64] [--frames 17]
+    python -m benchmarks.wan_vae [--rounds 12] [--width 32] [--size 64] [--frames 17]
 
 Same weights, same cores, fp32, one clip, runs interleaved; medians. Aim: ratios of at most 1.1. Wan 2.1's width is 96.
 """

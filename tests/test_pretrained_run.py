@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import wan
+from diffusers import WanTransformer3DModel
 from folders import write_metadata
 from ml_collections import ConfigDict
 
-from rise_jax import flow, runs
+from rise_jax import Pipeline, flow, runs
 from rise_jax.data.attributes import BACKGROUNDS, COLOURS, SHAPES, SIZES, STILL, Scene, Thing
 from rise_jax.data.drawing import render
 from rise_jax.export import export
@@ -142,7 +145,7 @@ def meta_of(workdir):
 def losses(workdir, pictures):
     """Mean loss over samples and TIMES, at the same noise, with a picture's own caption, with another's, and with none."""
     run = runs.read_run(workdir, WIDTH)
-    videos = np.stack([read_video(pictures / f"{i:02d}.png")[0] for i in range(SAMPLES)])
+    videos = jnp.stack([read_video(pictures / f"{i:02d}.png")[0] for i in range(SAMPLES)])
     with np.load(workdir / "states.npz") as saved:
         states, mask = saved["states"], saved["mask"]
     assert len(states) == SAMPLES
@@ -178,6 +181,14 @@ def test_stage_1_keeps_every_frozen_byte(left):
     assert [meta_of(workdir)["llm"].get("condition") for workdir in left[:3]] == ["encode", None, None]
 
 
+def test_64_samples_are_heard_through_a_frozen_backbone(left):
+    """The adapter's condition explains the pictures far better than none does, and another picture's explains them no better."""
+    found = losses(left.stage1, left.stage1.parent / "pictures")
+    print(found)
+    assert found["own"] < 0.7 * found["null"]
+    assert found["other"] > found["null"]
+
+
 def test_stage_2_moves_its_patterns_and_nothing_else(left):
     before, after = leaves_of(left.stage1), leaves_of(left.stage2)
     moving = lambda name: (
@@ -198,3 +209,24 @@ def test_generate_says_what_it_heard(left):
     assert [record["prompt"] for record in records] == PROMPTS
     assert "red circle" in records[0]["rephrased"] and "blue square" in records[1]["rephrased"]
     assert read_video(left.stage2 / "samples" / "000.mp4")[0].shape == (5, SIZE, SIZE, 3)
+
+
+def test_the_end_is_exported_and_diffusers_loads_it(left):
+    assert export(None, left.stage2) == 0
+    run = runs.read_run(left.stage2, WIDTH)
+    model = WanTransformer3DModel.from_pretrained(left.stage2 / "export" / "transformer")
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(2, *run.model.latent_shape((5, SIZE, SIZE)))).astype("f4")
+    t, context = np.array([0.3, 0.95], "f4"), rng.normal(size=(2, 34, 32)).astype("f4")
+    with torch.no_grad():
+        theirs = wan.forward_torch(model, *map(torch.tensor, (latents, t, context)), 34)
+
+    @jax.jit
+    def forward(params, latents, t, context):
+        with jax.default_matmul_precision("highest"):
+            return run.model.dit(params, latents, t, run.model.kv(params, context))
+
+    assert wan.relative(forward(run.params, latents, t, context), theirs) < 1e-5
+    ours, other = Pipeline.from_run(left.stage2)(PROMPTS), Pipeline.from_export(left.stage2 / "export")(PROMPTS)
+    assert other.rephrased == ours.rephrased
+    assert np.abs(other.videos.astype(int) - ours.videos.astype(int)).max() <= 1
