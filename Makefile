@@ -1,4 +1,4 @@
-# make demo | test | check | env: each works as the first command on a machine with Python 3.11 or 3.12.
+# make demo | test | check | faults | env: each works as the first command on a machine with Python 3.11 or 3.12.
 # The environment is .venv, made once; a call that finds it complete installs nothing.
 
 SUPPORTED = import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --no-warn-conflicts --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test check env
+.PHONY: demo test check faults env
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -22,6 +22,11 @@ check: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST) -m "not slow" tests
+
+# Real runs killed, stopped, starved of disk and split, at random: N of them, and how many ended as an undisturbed run does.
+N := 20
+faults: $(VENV)/.tests
+	PYTHONPATH=. $(BIN)/python tests/faults.py $(N)
 
 env: $(VENV)/.tests
 

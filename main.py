@@ -46,7 +46,9 @@ def main(_) -> int:
 
 def _run() -> int:
     if "://" in WORKDIR.value:
-        raise ValueError(f"--workdir={WORKDIR.value} is no folder: mount the bucket and give the mount's path, see launch/README.md")
+        raise ValueError(
+            f"--workdir={WORKDIR.value} is no folder: mount the bucket and give the mount's path, see launch/README.md"
+        )
     processes.join_processes(HEARTBEAT.value, DISTRIBUTED.value)
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")

@@ -38,7 +38,7 @@ code=0
 while ((${#alive[@]})); do
   ended='' status=0
   wait -n -p ended "${alive[@]}" || status=$?
-  [[ -n $ended ]] || continue # a signal interrupted the wait
+  [[ -n ${ended:-} ]] || continue # a signal interrupted the wait
   rest=()
   for one in "${alive[@]}"; do [[ $one == "$ended" ]] || rest+=("$one"); done
   alive=(${rest[@]+"${rest[@]}"})

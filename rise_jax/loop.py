@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rise_jax.processes import Stop, is_first
+from rise_jax.processes import Stop, is_first, meet
 from rise_jax.profiling import Profile
 from rise_jax.report import Report
 from rise_jax.sharding import put_batch
@@ -61,6 +61,7 @@ def compile_step(step_fn: Any, *args: Any) -> jax.stages.Compiled:
     began = time.perf_counter()
     executable = step_fn.lower(*args).compile()
     print(f"compiled the step in {time.perf_counter() - began:.1f} s", flush=True)
+    meet("compiled")  # the first collective of a fast process would give up on a slow one: 30 s with Gloo on CPU
     return executable
 
 

@@ -19,7 +19,7 @@ PYTHON = sorted(
 
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
-    ("axes", "trees", "version"),
+    ("axes", "trees", "version", "processes"),
     (
         "models.layers",
         "models.remat",

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tokenizers
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from configs import stage1, stage2
@@ -105,3 +106,23 @@ def tiny_config(stage: int, llm: Path, **overrides):
             target = target[part]
         target[key] = value
     return config
+
+
+def tiny_flags(stage: int, llm: Path, **overrides) -> list[str]:
+    """The flags of main.py that make the config `tiny_config(stage, llm, **overrides)`."""
+    config = (stage1 if stage == 1 else stage2).get_config("tiny")
+    changed = {
+        name: value
+        for name, value in leaves(tiny_config(stage, llm, **overrides)).items()
+        if value != leaves(config).get(name)
+    }
+    return [f"--config=configs/stage{stage}.py", *(f"--config.{name}={value}" for name, value in changed.items())]
+
+
+def leaves(group, prefix=""):
+    """{dotted key: value} of a config."""
+    found = {}
+    for name, value in group.items():
+        nested = isinstance(value, (dict, ConfigDict))
+        found |= leaves(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found

@@ -1,0 +1,83 @@
+"""The launchers: shell that shellcheck finds nothing in, a JobSet that says what main.py needs; local.sh runs in test_survive.py."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_is_sound(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    assert shellcheck, "shellcheck is missing: pip install -r tests/requirements.txt"
+    found = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_local_needs_a_number():
+    done = subprocess.run(["launch/local.sh", "two"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "usage: launch/local.sh N FLAGS" in done.stderr
+
+
+def local(tmp_path, body, count=2):
+    """local.sh with a stand-in for main.py's interpreter: the shell lines `body`, which see JAX_PROCESS_ID."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/usr/bin/env bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\n{body}\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(stand_in)}
+    command = ["launch/local.sh", str(count), "--config=x"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_local_tells_each_process_who_it_is(tmp_path):
+    process = local(tmp_path, 'echo "$* $JAX_NUM_PROCESSES $JAX_PROCESS_ID ${JAX_COORDINATOR_ADDRESS%:*}"', 3)
+    lines = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 0
+    assert sorted(lines) == [f"main.py --config=x 3 {number} 127.0.0.1" for number in range(3)]
+
+
+def test_local_ends_all_when_one_fails(tmp_path):
+    process = local(tmp_path, "((JAX_PROCESS_ID == 1)) && exit 3; exec sleep 100")
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_local_hands_signals_on_and_waits(number, tmp_path):
+    process = local(
+        tmp_path, "trap 'echo stopped; exit 75' TERM INT; echo ready; for i in {1..500}; do sleep 0.1; done"
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[0] == "stopped\n" * 2
+    assert process.returncode == 75
+
+
+def test_tpu_pod_says_how_it_is_used():
+    named = {"PATH": "/usr/bin:/bin", "TPU_NAME": "a", "ZONE": "b"}
+    done = subprocess.run(["launch/tpu_pod.sh"], cwd=ROOT, capture_output=True, text=True, check=False, env=named)
+    assert done.returncode == 2 and "create | setup | run FLAGS" in done.stderr
+
+
+def test_the_jobset_is_one_indexed_job_with_a_pod_per_host():
+    (document,) = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
+    assert document["kind"] == "JobSet" and document["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (group,) = document["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] and job["backoffLimit"] == 0
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    assert rows * columns == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
+    (mount,) = container["volumeMounts"]
+    assert f"--workdir={mount['mountPath']}/" in container["command"][-1]
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"]}

@@ -1,0 +1,112 @@
+"""Real processes of main.py: two train as one does, and no fault of faults.py loses anything. `make faults` throws many more."""
+
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import (
+    DEVICES,
+    ROOT,
+    STEPS,
+    Lab,
+    cut_newest,
+    environment,
+    fill_disk,
+    kill_any_time,
+    kill_while_saving,
+    lose_one,
+    survive,
+)
+from faults import stop as stop_one
+from ml_collections import ConfigDict
+from tiny import WIDTH, on_one_device
+
+from rise_jax import runs
+from rise_jax.build import model_from
+from rise_jax.checkpoint import Checkpoints
+from rise_jax.language import states_in_batch
+from rise_jax.optim import make_optimizer
+from rise_jax.trees import named_leaves
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize("fault", [kill_any_time, kill_while_saving, cut_newest, fill_disk])
+def test_one_process_survives(fault, lab):
+    survive(lab, fault.__name__, fault, 1, 1, random.Random(1))
+
+
+def test_two_processes_train_as_one_and_stop_together_when_one_is_told(lab):
+    """From nothing on two, whose devices share the parameters; a signal to one; then to the end on one, with another mesh."""
+    run = lab.run("begun-by-two", processes=2, like=lab.undisturbed(1))
+    alone, run.flags = run.flags, [*run.flags, "--config.mesh.data=1", f"--config.mesh.fsdp={DEVICES}"]
+    stop_one(lab, run, random.Random(1))
+    assert len(run.metrics()) < STEPS, "stopped too late to show anything"
+    run.processes, run.flags = 1, alone
+    run.finish()
+    same_training(run, lab.undisturbed(1))
+
+
+def test_two_processes_continue_what_one_began_and_losing_one_ends_the_other(lab):
+    """Losses after the checkpoint are those of one process; kill -9 of either ends both, and neither hangs."""
+    one = lab.undisturbed(1)
+    run = lab.run("continued-by-two", processes=2, like=one)
+    for name in ("checkpoints/2", "metrics.jsonl"):
+        subprocess.run(["cp", "-r", "--parents", name, run.workdir], cwd=one.workdir, check=True)
+    lose_one(lab, run, random.Random(1))
+    assert "continuing" in run.said() and "error" in run.said().lower()
+    new = [line for line in run.metrics() if line["step"] > 2]
+    assert len(new) >= 2, run.said()
+    losses = {line["step"]: line["loss"] for line in one.metrics()}
+    np.testing.assert_allclose([line["loss"] for line in new], [losses[line["step"]] for line in new], rtol=1e-5)
+
+
+def test_two_processes_by_the_local_launcher_make_the_videos_of_one(lab):
+    """Three prompts over two processes: one has a row to spare."""
+    run = lab.undisturbed(1)
+    flags = [*run.flags, "--mode=generate", "--config.sample.prompts=a red circle||a blue square||a green circle"]
+    samples = run.workdir / "samples"
+    made = []
+    for command, devices in ((["launch/local.sh", "1"], DEVICES), (["launch/local.sh", "2"], DEVICES // 2)):
+        done = subprocess.run(
+            [*command, *flags], cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("3 samples and contact_sheet.png are in") == 1
+        made.append({path.name: path.read_bytes() for path in sorted(samples.iterdir())})
+        for path in samples.iterdir():
+            path.unlink()
+    assert made[0].keys() == {"000.png", "001.png", "002.png", "contact_sheet.png", "samples.jsonl"}
+    assert made[0] == made[1]
+
+
+def state_at_end(workdir: Path):
+    config = ConfigDict(runs.read_config(workdir))
+    optimizer = make_optimizer(1.0, kind=config.optim.kind)
+    abstract = runs.abstract_state(model_from(config.model, WIDTH, states_in_batch).abstract, optimizer, on_one_device)
+    return Checkpoints(workdir / "checkpoints", read_only=True).restore(abstract, STEPS)[1]
+
+
+def same_training(run, other):
+    """Losses, and the mean gradients of all steps (Adam's first moments), within the bound of any two meshes; parameters within what
+    Adam makes of it: it divides the key biases' gradients, which are rounding errors alone, by themselves."""
+    losses = [[line["loss"] for line in each.metrics()] for each in (run, other)]
+    assert len(losses[0]) == STEPS
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    ours, theirs = state_at_end(run.workdir), state_at_end(other.workdir)
+    assert worst(ours.opt_state, theirs.opt_state) < 1e-5
+    assert worst(ours.params, theirs.params) < 2e-4 and worst(ours.ema, theirs.ema) < 2e-4
+
+
+def worst(ours, theirs):
+    """max over leaves of max|a-b| / max(max|leaf|, 1e-3 * max over all)."""
+    a, b = ({name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()} for tree in (ours, theirs))
+    everywhere = max(np.abs(value).max() for value in a.values())
+    return max(np.abs(a[name] - b[name]).max() / max(np.abs(a[name]).max(), 1e-3 * everywhere) for name in a)
