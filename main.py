@@ -61,10 +61,11 @@ def _run() -> int:
 def _explain(error: Exception) -> int:
     """Faults of input, disk or data carry their whole story; a stack trace would bury it (--verbosity=1 shows it)."""
     told = isinstance(error, ValueError | OSError | RuntimeError) and not isinstance(error, jax.errors.JaxRuntimeError)
-    if not told and jax.process_count() == 1:
+    if not told and not jax.distributed.is_initialized():
         raise error
     logging.getLogger().log(logging.DEBUG if told else logging.ERROR, "", exc_info=error)
-    print(f"error: {error}", file=sys.stderr)
+    hint = "" if told else "\nAnother process may have ended first: the reason then stands in its output."
+    print(f"error: {error}{hint}", file=sys.stderr)
     return 1
 
 

@@ -111,7 +111,7 @@ def any_process(flag: bool) -> bool:
 def leave(code: int) -> None:
     """Ends a process that failed. Among others at once, without waiting for them as an ordinary exit does: they may be waiting
     for it. They end by the broken connection or the missing heartbeat."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return
     logging.shutdown()
     sys.stdout.flush()

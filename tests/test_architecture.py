@@ -158,7 +158,7 @@ def test_nothing_private_is_taken_from_elsewhere(path):
             and node.value.id in modules
         ):
             private.append(f"{node.value.id}.{node.attr}")
-    assert not private
+    assert not set(private) - {"os._exit"}  # public, whatever its name says
 
 
 def test_frameworks_stay_where_they_belong():

@@ -81,3 +81,10 @@ def test_the_jobset_is_one_indexed_job_with_a_pod_per_host():
     (mount,) = container["volumeMounts"]
     assert f"--workdir={mount['mountPath']}/" in container["command"][-1]
     assert {volume["name"] for volume in pod["volumes"]} == {mount["name"]}
+
+
+def test_a_bucket_is_no_workdir():
+    command = [sys.executable, "main.py", "--config=configs/stage1.py", "--workdir=gs://bucket/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "--workdir=gs://bucket/run is no folder: mount the bucket" in done.stderr
+    assert not (ROOT / "gs:").exists()
