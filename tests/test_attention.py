@@ -68,6 +68,7 @@ def test_the_reference_is_attention():
 # ---- splash ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "masked"), [((2, 130, 130, 2, 2, 24), False), ((2, 4, 200, 4, 2, 8), True)])
 def test_splash_is_exact_with_padding_masks_grouped_queries_and_gradients(sizes, masked):
     *arrays, mask = inputs(*sizes)
@@ -173,6 +174,7 @@ SPREAD = [  # mesh, Backend.sequence, heads, heads of keys, masked
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "sequence", "heads", "kv_heads", "masked"), SPREAD)
 def test_a_sequence_over_several_devices_is_exact(sizes, sequence, heads, kv_heads, masked):
     *arrays, mask = inputs(2, 24, 24, heads, kv_heads, 8)
