@@ -32,6 +32,8 @@ LAYERS = (
         "checkpoint",
         "profiling",
         "report",
+        "profiling",
+        "throughput",
         "text",
         "throughput",
         "video",
