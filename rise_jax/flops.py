@@ -85,7 +85,7 @@ def _of_equation(equation: core.JaxprEqn, varies: list[bool]) -> tuple[int, list
     if not inner:
         return 0, [any(varies) and jnp.issubdtype(var.aval.dtype, jnp.floating) for var in equation.outvars]
     if name == "scan":
-        cost, out = _scan(inner[0], params["num_consts"], params["num_carry"], varies)
+        cost, out = _scan(inner[0], *_consts_and_carry(equation, inner[0]), varies)
         return cost * params["length"], out
     if name == "cond":
         costs, outs = zip(*(_count(branch, varies[1:]) for branch in inner))
@@ -113,6 +113,13 @@ def _scan(body: core.Jaxpr, consts: int, carry: int, varies: list[bool]) -> tupl
         if after == before:
             return cost, out
         varies = [*varies[:consts], *after, *varies[consts + carry :]]
+
+
+def _consts_and_carry(scan: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:
+    """How many inputs are constant, how many are carried: by shapes, as JAX's versions name them differently."""
+    whole = lambda outer, inner: sum(a.aval.shape == b.aval.shape for a, b in zip(outer, inner))
+    carry = whole(scan.outvars, body.outvars)  # what is stacked has an axis more
+    return whole(scan.invars, body.invars) - carry, carry
 
 
 def _product(equation: core.JaxprEqn) -> int:
