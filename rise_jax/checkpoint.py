@@ -15,6 +15,7 @@ import re
 import shutil
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,27 @@ class Checkpoints:
         """Waits, then frees the threads."""
         try:
             self.wait()
-        finally:
-            self._background.shutdown()
-            self._manager.close()
+        except OSError:
+            with suppress(Exception):  # Orbax tells of the same fault again, in its own words
+                self._free()
+            raise
+        self._free()
+
+    def _free(self) -> None:
+        self._background.shutdown()
+        self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: Any, *exception: Any) -> None:
-        """Closes. A process that failed among others does not: the others may never come to where closing waits for them."""
-        if kind is None or jax.process_count() == 1:
+        """Closes, without a word of its own where there is an error already. A process that failed among others does not close: the
+        others may never come to where closing waits for them."""
+        if kind is None:
             self.close()
+        elif jax.process_count() == 1:
+            with suppress(Exception):
+                self.close()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict] | None:
         """(step, state, meta) of the newest good checkpoint, or of `step`; None when there is none at all.
