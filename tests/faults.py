@@ -232,8 +232,8 @@ def fill_disk(lab: Lab, run: Run, rng: random.Random) -> None:
 
 
 def lose_one(lab: Lab, run: Run, rng: random.Random) -> None:
-    """kill -9 of one process of several, at some step or before: the others end by themselves, in time and not with 0."""
-    steps = rng.randrange(STEPS - 2)
+    """kill -9 of one process of several, after some step: the others end by themselves, in time and not with 0."""
+    steps = rng.randrange(len(run.metrics()) + 1, STEPS - 1)
     processes = run.start_all()
     until(lambda: len(run.metrics()) >= steps, processes)
     lost = rng.choice(processes)
