@@ -73,7 +73,7 @@ class Run:
         return self.workdir.with_name(f"{self.workdir.name}.{number}.log")
 
     def said(self) -> str:
-        return "\n".join(self.log(number).read_text()[-3000:] for number in range(self.processes))
+        return "\n".join(self.log(number).read_text() for number in range(self.processes))
 
     def summary(self) -> dict:
         return json.loads((self.workdir / "summary.json").read_text())
@@ -222,7 +222,7 @@ def cut_newest(lab: Lab, run: Run, rng: random.Random) -> None:
 
 def fill_disk(lab: Lab, run: Run, rng: random.Random) -> None:
     """No file may become larger than a part of a checkpoint, from the second one on; the first stays good."""
-    limit = rng.randrange(20_000, 100_000)
+    limit = rng.randrange(100_000, 300_000)  # the log has to fit in too
     process = run.start()
     until(lambda: run.saved(), [process])
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
