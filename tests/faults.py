@@ -222,7 +222,7 @@ def cut_newest(lab: Lab, run: Run, rng: random.Random) -> None:
 
 def fill_disk(lab: Lab, run: Run, rng: random.Random) -> None:
     """No file may become larger than a part of a checkpoint, from the second one on; the first stays good."""
-    limit = rng.randrange(100_000, 300_000)  # the log has to fit in too
+    limit = rng.randrange(100_000, 200_000)  # the log has to fit in too
     process = run.start()
     until(lambda: run.saved(), [process])
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
