@@ -73,7 +73,7 @@ class Run:
         return self.workdir.with_name(f"{self.workdir.name}.{number}.log")
 
     def said(self) -> str:
-        return "\n".join(self.log(number).read_text()[-3000:] for number in range(self.processes))
+        return "\n".join(self.log(number).read_text() for number in range(self.processes))
 
     def summary(self) -> dict:
         return json.loads((self.workdir / "summary.json").read_text())
@@ -222,7 +222,7 @@ def cut_newest(lab: Lab, run: Run, rng: random.Random) -> None:
 
 def fill_disk(lab: Lab, run: Run, rng: random.Random) -> None:
     """No file may become larger than a part of a checkpoint, from the second one on; the first stays good."""
-    limit = rng.randrange(20_000, 100_000)
+    limit = rng.randrange(100_000, 200_000)  # the log has to fit in too
     process = run.start()
     until(lambda: run.saved(), [process])
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
@@ -232,8 +232,8 @@ def fill_disk(lab: Lab, run: Run, rng: random.Random) -> None:
 
 
 def lose_one(lab: Lab, run: Run, rng: random.Random) -> None:
-    """kill -9 of one process of several, at some step or before: the others end by themselves, in time and not with 0."""
-    steps = rng.randrange(STEPS - 2)
+    """kill -9 of one process of several, after some step: the others end by themselves, in time and not with 0."""
+    steps = rng.randrange(len(run.metrics()) + 1, STEPS - 1)
     processes = run.start_all()
     until(lambda: len(run.metrics()) >= steps, processes)
     lost = rng.choice(processes)
