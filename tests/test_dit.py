@@ -95,8 +95,13 @@ def test_bfloat16_leaves_the_islands_of_wan_in_float32():
             products[others[0].shape].add(others[0].dtype.name)
         elif first is not None:
             dtypes[equation.primitive.name].add(first.dtype.name)
-    for name in ("rsqrt", "cos", "sin", "exp"):
+        if equation.primitive.name == "mul" and first.shape == (2, np.prod(GRID), width):
+            dtypes["modulation"].add(first.dtype.name)
+    for name in ("rsqrt", "cos", "sin", "exp", "modulation"):
         assert dtypes[name] == {"float32"}, name
+    module = nnx.eval_shape(lambda: nnx.merge(graph, params))
+    norms = [part for _, part in nnx.iter_modules(module) if isinstance(part, nnx.LayerNorm | nnx.RMSNorm)]
+    assert [norm.dtype for norm in norms] == [jnp.float32] * 8  # three and four of a block, one at the end
     patch, mlp, text = 4 * 4, config["mlp_width"], config["d_ctx"]
     assert products.pop((width, width)) == {"float32", "bfloat16"}  # time, and everything else
     assert {shape for shape, found in products.items() if found == {"float32"}} == {(256, width), (width, 6 * width)}
