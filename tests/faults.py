@@ -136,7 +136,7 @@ class Lab:
         self._undisturbed: dict[tuple[int, int], Run] = {}
 
     def run(self, name: str, stage: int = 1, processes: int = 1, like: Run | None = None) -> Run:
-        """A new run; its captions and states are those of `like`."""
+        """A new run; its captions and states are those of `like`, of the same stage."""
         workdir = self.folder / name
         start = [f"--config.run.init_from={self.undisturbed(1).workdir if stage == 2 else ''}"]
         sizes = dict(
@@ -156,9 +156,8 @@ class Lab:
     def undisturbed(self, stage: int, processes: int = 1) -> Run:
         key = stage, processes
         if key not in self._undisturbed:
-            self._undisturbed[key] = self.run(
-                f"undisturbed-{stage}-{processes}", stage, processes, like=next(iter(self._undisturbed.values()), None)
-            )
+            like = next((run for run in self._undisturbed.values() if run.stage == stage), None)
+            self._undisturbed[key] = self.run(f"undisturbed-{stage}-{processes}", stage, processes, like)
             self._undisturbed[key].finish()
         return self._undisturbed[key]
 

@@ -46,7 +46,16 @@ def test_local_tells_each_process_who_it_is(tmp_path):
 
 
 def test_local_ends_all_when_one_fails(tmp_path):
-    process = local(tmp_path, "((JAX_PROCESS_ID == 1)) && exit 3; exec sleep 100")
+    waits = "trap 'echo told; exit 0' TERM; for i in {1..500}; do sleep 0.1; done"
+    process = local(tmp_path, f"((JAX_PROCESS_ID == 1)) && {{ sleep 2; exit 3; }}; {waits}")
+    assert process.communicate(timeout=60)[0] == "told\n"
+    assert process.returncode == 3
+
+
+def test_local_kills_what_does_not_hear(tmp_path):
+    process = local(
+        tmp_path, "((JAX_PROCESS_ID == 1)) && { sleep 1; exit 3; }; trap '' TERM; while true; do sleep 0.1; done"
+    )
     process.communicate(timeout=60)
     assert process.returncode == 3
 
