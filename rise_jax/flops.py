@@ -81,7 +81,7 @@ def _of_equation(equation: core.JaxprEqn, varies: list[bool]) -> tuple[int, list
         return _attention_kernel(equation, varies), [any(varies)] * len(equation.outvars)
     if name == "stop_gradient":
         return 0, [False]
-    inner = _inner(params)
+    inner = inner_programs(equation)
     if not inner:
         return 0, [any(varies) and jnp.issubdtype(var.aval.dtype, jnp.floating) for var in equation.outvars]
     if name == "scan":
@@ -138,10 +138,10 @@ def _is_attended(aval: Any) -> bool:
     return len(aval.shape) >= 3 and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
-def _inner(params: dict) -> list[core.Jaxpr]:
+def inner_programs(equation: core.JaxprEqn) -> list[core.Jaxpr]:
     """The programs within an equation: a body, branches, a called function."""
     programs = (core.Jaxpr, core.ClosedJaxpr)
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, programs))
+    leaves = jax.tree.leaves(equation.params, is_leaf=lambda leaf: isinstance(leaf, programs))
     return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if isinstance(leaf, programs)]
 
 

@@ -37,7 +37,10 @@ def run_steps(
     ):
         batch = next(batches)
         for step in range(start, last):
-            profile.follow(step, lambda: _check_finite(report.flush(), step, config, workdir))  # noqa: B023
+            if profile.turns(step):
+                _check_finite(report.flush(), step, config, workdir)
+                profile.turn()
+                report.pause()
             state, metrics = step_fn(state, frozen, batch, key)
             began = time.perf_counter()
             batch = next(batches) if step + 1 < last else None

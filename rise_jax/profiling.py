@@ -1,7 +1,6 @@
 """A trace of some steps of a run, for xprof (`xprof WORKDIR/profile`) or Perfetto."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +33,22 @@ class Profile:
         self._folder = folder
         self._tracing = False
 
-    def follow(self, step: int, settle: Callable[[], Any]) -> None:
-        """Call it before the step that comes after `step` updates. At the edges of the window it calls `settle`, which waits
-        for the devices, so that the trace holds whole steps and only those."""
-        if (step in self._steps) == self._tracing:
-            return
-        settle()
-        self._switch()
+    def turns(self, step: int) -> bool:
+        """Whether the trace begins or ends before the step that comes after `step` updates: wait for the devices then, and `turn`."""
+        return (step in self._steps) != self._tracing
 
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._tracing:
-            self._switch()
-
-    def _switch(self) -> None:
+    def turn(self) -> None:
+        """Begins the trace, or ends it."""
         if self._tracing:
             jax.profiler.stop_trace()
             print(f"traced steps {self._steps.start + 1} to {self._steps.stop} into {self._folder}", flush=True)
         else:
             jax.profiler.start_trace(self._folder)
         self._tracing = not self._tracing
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._tracing:
+            self.turn()

@@ -28,6 +28,8 @@ LAYERS = (
         "sharding",
         "checkpoint",
         "report",
+        "profiling",
+        "throughput",
         "text",
         "video",
         "sheets",

@@ -29,23 +29,29 @@ def test_windows_that_cannot_are_answered_with_the_nearest(window, nearest):
         assert window_fault(nearest.strip("'"), 10) == ""
 
 
-def test_the_window_is_traced_and_settled_at_both_edges(tmp_path):
-    settled = []
+def steps_of(profile, steps):
+    """The numbers of updates before which the trace begins and ends."""
+    for step in steps:
+        if profile.turns(step):
+            profile.turn()
+            yield step
+
+
+def test_the_trace_begins_and_ends_at_the_edges_of_the_window(tmp_path):
     with Profile("1:3", tmp_path) as profile:
-        for step in range(5):
-            profile.follow(step, lambda step=step: settled.append(step))
-            assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (step >= 3)
-    assert settled == [1, 3]
+        turns = steps_of(profile, range(5))
+        assert next(turns) == 1 and not list(tmp_path.rglob("*.xplane.pb"))
+        assert next(turns) == 3 and list(tmp_path.rglob("*.xplane.pb"))
+        assert not list(turns)
 
 
 def test_a_run_that_starts_or_ends_within_the_window_is_traced_too(tmp_path):
     with Profile("1:9", tmp_path) as profile:
-        profile.follow(5, lambda: None)
+        assert list(steps_of(profile, [5, 6])) == [5]
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
 def test_no_window_is_no_trace(tmp_path):
     with Profile("", tmp_path) as profile:
-        for step in range(3):
-            profile.follow(step, pytest.fail)
+        assert not list(steps_of(profile, range(3)))
     assert not list(tmp_path.iterdir())

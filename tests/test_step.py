@@ -129,33 +129,46 @@ def test_a_sample_draws_the_same_noise_in_any_batch(model, params):
     np.testing.assert_allclose(whole, loss(np.arange(8)[::-1].copy()), rtol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_equals_the_large_batch_for_the_memory_of_one_part(model, params, whole_batch, parts):
+PARTS = 4
+
+
+def test_accumulation_equals_the_large_batch_for_the_memory_of_one_part(plain, whole_batch):
     """Clips that could not be read are spread unevenly: the mean is over the weights of the whole batch, not of the parts'."""
-    (loss, gradients), memory = whole_batch
-    (other, other_gradients), part_memory = of_batch(model, params, parts)
+    loss, gradients, memory = whole_batch
+    other, other_gradients, part_memory = of_batch(plain, PARTS)
     np.testing.assert_allclose(other, loss, rtol=1e-6)
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients))
     bad = [n for n, g in named_leaves(gradients).items() if not close(g, named_leaves(other_gradients)[n], scale)]
     assert not bad, bad
-    assert part_memory < 0.8 * memory if parts == 2 else part_memory < 0.6 * memory
+    assert part_memory < 0.6 * memory
 
 
 @pytest.fixture(scope="module")
-def whole_batch(model, params):
-    return of_batch(model, params, 1)
+def plain():
+    """(model, parameters) with the adapter that compiles fastest."""
+    model = make(adapter=dict(kind="mlp", d_ctx=16, width=16, registers=2, time_cond="off"))
+    return model, unzeroed(jax.jit(model.init)(jax.random.key(0)))
 
 
-def of_batch(model, params, parts):
-    """((loss, gradients), bytes beside arguments and results) of 32 samples in some parts."""
+@pytest.fixture(scope="module")
+def whole_batch(plain):
+    return of_batch(plain, 1)
+
+
+def uneven_batch():
     batch = make_batch(size=32)
-    batch["weight"][1::4] = 0  # one of four parts has nothing to say
+    batch["weight"][1::PARTS] = 0  # one of the parts has nothing to say
     batch["weight"][[0, 2, 6]] = 0
+    return batch
+
+
+def of_batch(plain, parts):
+    """(loss, gradients, bytes beside arguments and results) of a batch in some parts."""
+    model, params = plain
     gradients = make_gradients(model, drop=0.25, time_mean=0.0, time_std=1.0, accumulate=parts)
-    arguments = params, {"params": {}, "vae": {}}, batch, jax.random.key(0), jnp.int32(0)
+    arguments = params, {"params": {}, "vae": {}}, uneven_batch(), jax.random.key(0), jnp.int32(0)
     compiled = jax.jit(gradients).lower(*arguments).compile()
-    results = jax.tree.map(np.asarray, compiled(*arguments))
-    return results, compiled.memory_analysis().temp_size_in_bytes
+    return *jax.tree.map(np.asarray, compiled(*arguments)), compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_padding_behind_the_tokens_changes_nothing(model, params):
@@ -208,30 +221,28 @@ def test_every_mesh_gives_the_same_loss_and_gradients(model, params, sizes):
     assert_same_gradients(params, one.params, many.params)
 
 
-def test_on_a_mesh_accumulation_donation_and_the_placement_of_the_ema(model, params):
-    batch, optimizer = make_batch(), optax.sgd(0.1, momentum=0.9)
-    one, one_metrics, _ = run(model, params, batch, optimizer=optimizer)
-    mesh = make_mesh(2, 2, 1, 2)
+def test_on_a_mesh_accumulation_donation_and_the_placement_of_the_ema(plain, whole_batch):
+    (model, params), (loss, gradients, _) = plain, whole_batch
+    optimizer, mesh = optax.sgd(0.1, momentum=0.9), make_mesh(2, 2, 1, 2)
     with jax.set_mesh(mesh):
         state = new_state(jax.tree.map(jnp.copy, params), optimizer)
         state = jax.device_put(state, shardings(state, mesh))
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        split = {name for name, leaf in named_leaves(state.params).items() if not leaf.sharding.is_fully_replicated}
-        rows = {k: jax.device_put(v, batch_sharding(mesh)) if np.ndim(v) else v for k, v in batch.items()}
-        step = jax.jit(
-            make_train_step(model, optimizer, accumulate=2, **RATES), donate_argnums=0, out_shardings=(placed, None)
-        )
+        rows = {k: jax.device_put(v, batch_sharding(mesh)) if np.ndim(v) else v for k, v in uneven_batch().items()}
+        step = make_train_step(model, optimizer, accumulate=PARTS, **RATES)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
         arguments = {"params": {}, "vae": {}}, rows, jax.random.key(0)
         compiled = compile_step(step, state, *arguments)
-        many, metrics = compiled(state, *arguments)
-    np.testing.assert_allclose(metrics["loss"], one_metrics["loss"], rtol=1e-5)
-    assert_same_gradients(params, one.params, many.params)
+        after, metrics = compiled(state, *arguments)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert_same_gradients(params, jax.tree.map(lambda leaf, g: leaf - 0.1 * g, params, gradients), after.params)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(many))
+    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(after))
     assert compiled.memory_analysis().alias_size_in_bytes >= on_device
+    split = {name for name, leaf in named_leaves(after.params).items() if not leaf.sharding.is_fully_replicated}
     assert len(split) > 10
     for name in split:
-        for tree in (many.params, many.ema, many.opt_state[0].trace):
+        for tree in (after.params, after.ema, after.opt_state[0].trace):
             assert named_leaves(tree)[name].sharding == named_leaves(placed.params)[name], name
 
 
