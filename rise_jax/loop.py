@@ -30,8 +30,8 @@ def run_steps(
     the next batch is put on the devices while a step runs: metrics come a step late.
     """
     key, last = jax.random.key(config.run.seed), config.run.steps
-    stop, report = Stop(mesh), Report(workdir, last, start, work)
-    with stop, report, Profile(config.run.profile, workdir / "profile") as profile:
+    profile = Profile(config.run.profile, workdir / "profile")
+    with Stop(mesh) as stop, Report(workdir, last, start, work) as report, profile:
         batch = next(batches)
         for step in range(start, last):
             if profile.turns(step):
