@@ -13,6 +13,7 @@ from rise_jax import known_sizes, rephrase
 from rise_jax.build import Model, model_from
 from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.language import INSTRUCTIONS, states_in_batch
+from rise_jax.models.attention import XLA, Backend
 from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
 from rise_jax.models.wan_vae import WanVAE
@@ -52,8 +53,10 @@ class Outline(NamedTuple):
     notes: dict[str, str]
 
 
-def outline(config: ConfigDict) -> Outline:
+def outline(config: ConfigDict, backend: Backend = XLA) -> Outline:
     """Sizes are read from the files that the config names; where these are not here, they are the published ones (known_sizes.py).
+
+    `backend` is that of the model's attention.
 
     Raises ValueError for an LLM that is neither here nor known by its name, and whatever `validate` would.
     """
@@ -65,7 +68,7 @@ def outline(config: ConfigDict) -> Outline:
         sizes, notes["native encoder"] = known_sizes.native_sizes(config.model.native.path)
         native = make_t5(sizes, jnp.dtype(config.model.native.dtype))[1]
     states = text.states if config.data.states == "in_step" else states_in_batch
-    model = model_from(_with_null(config.model), text.width, states, vae=vae)
+    model = model_from(_with_null(config.model), text.width, states, vae=vae, backend=backend)
     trainable, frozen = partition(model.abstract, list(config.model.trainable))
     return Outline(
         model=model,

@@ -16,6 +16,7 @@ from rise_jax.data.sources import Text
 from rise_jax.evaluate import evaluate
 from rise_jax.generate import generate
 from rise_jax.language import states_in_batch
+from rise_jax.sharding import make_mesh
 from rise_jax.sheets import comparison_sheet
 from rise_jax.step import make_eval_step
 from rise_jax.train import train
@@ -102,7 +103,10 @@ def test_evaluate_says_nothing_of_rephrasings_where_there_are_none(llm, workdirs
 def test_runs_stand_side_by_side_with_the_same_prompts_and_seeds(llm, workdirs, frames, columns):
     """Columns begin behind a margin of 8 and the column before, which is as wide as its title (144) or its frames of 96, 2 between."""
     prompts = PROMPTS[:2]
-    made = {name: Pipeline.from_run(workdirs / name)(prompts, seed=4, frames=frames) for name in ALONE}
+    pipes = {
+        name: Pipeline.from_run(workdirs / name, mesh=make_mesh()) for name in ALONE
+    }  # as generate does: bit for bit
+    made = {name: pipe(prompts, seed=4, frames=frames) for name, pipe in pipes.items()}
     config = small(llm, "rephrase", sample__frames=frames, sample__seed=4, sample__prompts="||".join(prompts))
     config.sample.beside = str(workdirs / "encode")
     samples = workdirs / "rewrite_then_encode" / "samples"

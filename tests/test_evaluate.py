@@ -15,6 +15,7 @@ from rise_jax.data.captions import long_caption
 from rise_jax.data.drawing import render
 from rise_jax.data.scenes import ScenesSource
 from rise_jax.evaluate import intervals, scene_scores, shares
+from rise_jax.sharding import make_mesh
 from rise_jax.train import train
 
 RED = Scene((Thing("circle", "red", "large", "left"),), "black", frozenset({"colour", "shape", "count"}))
@@ -107,7 +108,7 @@ def run(tmp_path_factory):
 
 def test_what_is_scored_are_a_users_videos_of_held_out_prompts(run):
     source = held_out(6)
-    out = Pipeline.from_run(run.workdir)([text.prompt for text in source.texts], seed=7)
+    out = Pipeline.from_run(run.workdir, mesh=make_mesh())([text.prompt for text in source.texts], seed=7)
     np.testing.assert_array_equal(run.videos, out.videos)
     assert run.rephrased == out.rephrased and run.scenes == source.scenes
     assert run.result["prompts"] == 6 and run.result["seeds"] == [7, 12]
@@ -116,7 +117,7 @@ def test_what_is_scored_are_a_users_videos_of_held_out_prompts(run):
 
 def test_without_states_the_prompt_is_not_heard(run):
     """Seeds and masks are the same; of what the LLM said only its length is left."""
-    pipe = Pipeline.from_run(run.workdir)
+    pipe = Pipeline.from_run(run.workdir, mesh=make_mesh())  # as in evaluate: bit for bit
     heard = pipe.language.rephrase([text.prompt for text in held_out(6).texts])
     deaf = heard._replace(states=heard.states * 0)
     np.testing.assert_array_equal(run.unheard, pipe.render(deaf, range(7, 13)))
