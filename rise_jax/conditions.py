@@ -12,7 +12,7 @@ from tqdm import tqdm
 from rise_jax.condition_kinds import Condition
 from rise_jax.data.sources import Text
 from rise_jax.language import Pair, differing
-from rise_jax.processes import from_first, is_first, meet
+from rise_jax.processes import from_first, is_first
 from rise_jax.video import write_file
 
 LOG = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
     missing = sorted({text.prompt for text in texts if unwritten(text)})
     known = _read_written(file, language) if missing else {}
     new = [prompt for prompt in missing if prompt not in known]
-    meet("captions were read")
+    _agree(new, file)
     if new:
         LOG.info("the LLM writes %d missing captions into %s", len(new), file)
         known |= _write(new, language)
@@ -71,6 +71,15 @@ def fingerprint_of(pairs: list[Pair], language: Condition) -> str:
     """SHA-256 over the LLM, its dtype, the layer, the instruction, the condition, the token budget and all texts."""
     content = json.dumps([language.identity, language.length, pairs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _agree(prompts: list[str], file: Path) -> None:
+    """Processes that lack different captions would wait for each other without end: RuntimeError instead."""
+    ours = np.frombuffer(hashlib.sha256(json.dumps(prompts).encode()).digest(), np.uint32)
+    if (np.asarray(from_first(ours)) != ours).any():
+        raise RuntimeError(
+            f"{file} is another for this process than for process 0: all need the same --workdir, on a shared disk"
+        )
 
 
 def _write(prompts: list[str], language: Condition) -> dict[str, dict]:

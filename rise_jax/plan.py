@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rise_jax import known_sizes, memory, sampler
 from rise_jax.build import Model
 from rise_jax.flops import count_flops, step_flops
+from rise_jax.models.attention import Backend
 from rise_jax.outline import Outline, drawn, outline, sampler_arguments, step_arguments
 from rise_jax.pipeline import make_videos
 from rise_jax.sharding import bytes_per_device, check_batch, planned_mesh
@@ -53,6 +54,8 @@ def plan(config: ConfigDict, workdir: Path) -> int:
     mesh = planned_mesh(**config.mesh)
     outlined = checked_outline(config)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
+    heads = config.model.dit.heads
+    Backend(sequence=config.model.sequence).route(heads, mesh.shape["context"], mesh.shape["tensor"])
     print(describe(config, mesh, outlined, make_plan(config, mesh, outlined)), flush=True)
     return 0
 

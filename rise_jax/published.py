@@ -86,6 +86,16 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
     return leaves, origins
 
 
+def check_files(model: ConfigDict) -> None:
+    """Raises FileNotFoundError for a native encoder or a file of captions that `model` needs at the start and that is not there."""
+    if (model.null == NATIVE or model.calibrate) and not Path(model.native.path).is_dir():
+        raise FileNotFoundError(
+            f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
+        )
+    if model.calibrate and not Path(model.calibrate).is_file():
+        raise FileNotFoundError(f"model.calibrate={model.calibrate} is no file")
+
+
 def null_shape(model: ConfigDict) -> tuple[int, int, int]:
     """[1, L, d_ctx] of a published null condition; the encoder's own is its end token alone."""
     return (1, 1, model.adapter.d_ctx) if model.null == NATIVE else load_null(model)[0].shape

@@ -5,6 +5,7 @@ states.npz and captions.jsonl (conditions.py), metrics.jsonl, summary.json.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from rise_jax.language import differing, states_in_batch
 from rise_jax.models.adapter import calibrate_output
 from rise_jax.models.attention import XLA, Backend
 from rise_jax.optim import make_optimizer
+from rise_jax.processes import is_first, meet
 from rise_jax.sharding import put
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
@@ -116,7 +118,11 @@ def write_frozen(workdir: Path, frozen: dict, provenance: dict[str, str]) -> Non
     kept = {name: leaf for name, leaf in named_leaves(frozen).items() if not provenance[name].startswith(FILE)}
     if not kept:
         return
-    checkpoints = Checkpoints(workdir / "frozen", keep=1)
+    folder = workdir / "frozen"
+    if is_first():  # of a start that was cut short, perhaps from an earlier state of that other run
+        shutil.rmtree(folder, ignore_errors=True)
+    meet("frozen leaves")
+    checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(0, nested(kept), {"provenance": {name: provenance[name] for name in kept}})
     checkpoints.close()
 

@@ -1,6 +1,7 @@
 """--mode=train: from a config to a trained run. One loop for every stage; it stops, resumes and ends here."""
 
 import itertools
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -24,14 +25,14 @@ from rise_jax.loop import batches_on, compile_step, run_steps
 from rise_jax.models.remat import check_remat
 from rise_jax.optim import make_optimizer
 from rise_jax.processes import from_first, is_first, meet
-from rise_jax.published import load_vae
+from rise_jax.published import check_files, load_vae
 from rise_jax.report import peak_memory_gib, read_metrics, write_summary
 from rise_jax.sharding import check_batch, describe, make_mesh, process_rows, shardings
 from rise_jax.step import make_train_step
 from rise_jax.throughput import Work, device_memory_gib, peak_tflops
 from rise_jax.trees import partition, tree_sha256
 from rise_jax.validate import validate
-from rise_jax.workdir import check_workdir, lock_workdir
+from rise_jax.workdir import check_workdir, lock_workdir, write_config
 
 LOG = logging.getLogger(__name__)
 HEARD = 256  # texts whose states calibrate a new adapter
@@ -42,8 +43,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     """Trains until `run.steps` and returns the exit code. A workdir with a checkpoint is continued, a finished one left alone."""
     validate(config)
     with _claimed(config, workdir), Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints:
-        summarised = from_first((workdir / "summary.json").exists())
-        if summarised and max(checkpoints.steps(), default=-1) >= config.run.steps:
+        if min(from_first(_summarised(workdir)), max(checkpoints.steps(), default=0)) >= config.run.steps:
             print(
                 f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."
             )
@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
 @contextmanager
 def _claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
-    """The workdir with its lock and config; process 0 claims it for all of the run's processes."""
+    """The workdir with its lock, and a config that does not contradict its own; process 0 claims it for all of the run's processes."""
     if not is_first():
         meet("workdir")
         yield
@@ -62,6 +62,12 @@ def _claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
         check_workdir(workdir, config.to_dict())
         meet("workdir")
         yield
+
+
+def _summarised(workdir: Path) -> int:
+    """The step of its summary, which may be one from before run.steps was raised; 0 without one."""
+    file = workdir / "summary.json"
+    return json.loads(file.read_text())["steps"] if file.exists() else 0
 
 
 def find_start(init_from: str, preset: str) -> Path | None:
@@ -89,10 +95,15 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     where = f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}"
     source = open_source(**_source_settings(config))
     language = language_from(config.model, mesh=mesh)
+    states = states_in_batch if config.data.states == "cached" else language.states_in_step
+    model = model_from(config.model, language.width, states, backend=backend)
+    partition(model.abstract, list(config.model.trainable))
+    check_files(config.model)
+    origin = find_start(config.run.init_from, config.run.preset)
+    if is_first():
+        write_config(workdir, config.to_dict())
     with jax.set_mesh(mesh):
         table, frozen, heard = _conditions(config, workdir, source, language)
-        states = states_in_batch if config.data.states == "cached" else language.states_in_step
-        model = model_from(config.model, language.width, states, backend=backend)
         frozen["vae"], vae_identity = load_vae(config.model.vae.path, partial(shardings, mesh=mesh))
         optimizer = make_optimizer(
             config.optim.learning_rate,
@@ -105,7 +116,15 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             decay_until=config.optim.decay_until,
         )
         start, state, frozen["params"], meta = _state(
-            config, workdir, checkpoints, model, optimizer, {"llm": language.identity, "vae": vae_identity}, heard, mesh
+            config,
+            workdir,
+            checkpoints,
+            model,
+            optimizer,
+            {"llm": language.identity, "vae": vae_identity},
+            heard,
+            origin,
+            mesh,
         )
         step_fn = make_train_step(
             model,
@@ -130,7 +149,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
         code = 0
         if start < config.run.steps:
             batches = batches_on(mesh, batches, table, start)
-            step_fn, batches, work = _ready(config, model, step_fn, state, frozen, batches)
+            plain = model_from(config.model, language.width, states)
+            step_fn, batches, work = _ready(config, plain, step_fn, state, frozen, batches)
             code, state = run_steps(
                 config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, meta, work
             )
@@ -139,19 +159,22 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     return code
 
 
-def _ready(config, model, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:
-    """(compiled step, batches, what a step does); the step's state lies after it as before it, in the same memory."""
+def _ready(config, plain, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:
+    """(compiled step, batches, what a step does); the step's state lies after it as before it, in the same memory.
+
+    Operations are counted on `plain`, the model with plain attention: what a kernel pads is not work that the mathematics needs.
+    """
     first = next(batches)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
     compiled = compile_step(step_fn, state, frozen, first, jax.random.key(config.run.seed))
     samples, *size = first["video"].shape[:4]
-    cells = math.prod(model.latent_shape(tuple(size))[:3])
+    cells = math.prod(plain.latent_shape(tuple(size))[:3])
     work = Work(
         samples=samples,
         frames=samples * size[0],
-        tokens=samples * cells // math.prod(model.patch),
-        flops=step_flops(model, state.params, frozen, first),
+        tokens=samples * cells // math.prod(plain.patch),
+        flops=step_flops(plain, state.params, frozen, first),
         devices=jax.device_count(),
         peak=peak_tflops(jax.devices()[0].device_kind),
     )
@@ -173,19 +196,20 @@ def _conditions(config, workdir, source, language) -> tuple[dict, dict, tuple]:
     return language.tokens(pairs), frozen, language.teach(pairs[:HEARD])
 
 
-def _state(config, workdir, checkpoints, model, optimizer, identities, heard, mesh):
-    """(step, state, frozen parameters, meta) of a new run, or of the newest checkpoint."""
+def _state(config, workdir, checkpoints, model, optimizer, identities, heard, origin, mesh):
+    """(step, state, frozen parameters, meta) of a new run, which starts from the one in `origin`, or of the newest checkpoint."""
     trainable, rest = partition(model.abstract, list(config.model.trainable))
     place = lambda tree: shardings(tree, mesh)
     found = checkpoints.restore(runs.abstract_state(trainable, optimizer, place))
     if found:
         step, state, meta = found
+        if step > config.run.steps:
+            raise ValueError(f"run.steps={config.run.steps}: {workdir} is at step {step} already; nearest: {step}")
         LOG.info("continuing %s at step %d", workdir, step)
         runs.check_heard(str(workdir), meta["llm"], identities["llm"])
         runs.check_vae(str(workdir), meta["vae"], identities["vae"])
         frozen = runs.read_frozen(workdir, config.model, rest, model.abstract, meta["provenance"], place)
         return step, state, frozen, meta
-    origin = find_start(config.run.init_from, config.run.preset)
     source = runs.read_run(origin, heard[0].shape[-1], place) if origin else None
     if source:
         LOG.info("starting from the EMA of %s, step %d", origin, source.step)

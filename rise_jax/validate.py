@@ -77,7 +77,7 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
     for group, names in at_least_one.items():
         for name in names:
             if config[group][name] < 1:
-                yield f"{group}.{name}={config[group][name]} must be at least 1"
+                yield f"{group}.{name}={config[group][name]} must be at least 1; nearest: 1"
     for key, value, low, high in (
         ("optim.drop", config.optim.drop, 0, 1),
         ("optim.ema", config.optim.ema, 0, 1),
@@ -98,7 +98,21 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
         ("sample.temperature", config.sample.temperature),
     ):
         if value < 0:
-            yield f"{key}={value} must be at least 0"
+            yield f"{key}={value} must be at least 0; nearest: 0"
+    yield from _seeds(config)
+
+
+def _seeds(config: ConfigDict) -> Iterable[str]:
+    for key, value, limit in (
+        ("run.seed", config.run.seed, 2**32 - 1),
+        (
+            "sample.seed",
+            config.sample.seed,
+            2**31 - 1 - max(config.sample.count, 1_000_000),
+        ),  # one seed a prompt, counted up
+    ):
+        if value > limit:
+            yield f"{key}={value} must be at most {limit}; nearest: {limit}"
 
 
 def _run_parts(run: ConfigDict) -> Iterable[str]:
@@ -110,6 +124,10 @@ def _run_parts(run: ConfigDict) -> Iterable[str]:
 
 def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
     dit, adapter = model.dit, model.adapter
+    small = {name: part.heads for name, part in (("dit", dit), ("adapter", adapter)) if part.get("heads", 1) < 1}
+    if small:
+        yield from (f"model.{name}.heads={heads} must be at least 1; nearest: 1" for name, heads in small.items())
+        return
     yield from dit_faults(model, vae.channels)
     yield from _divides("model.dit.width", dit.width, f"model.dit.heads={dit.heads}", dit.heads)
     if dit.width % dit.heads == 0 and dit.width // dit.heads % 2:
@@ -139,6 +157,8 @@ def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
 def _attention(model: ConfigDict) -> Iterable[str]:
     parts = {"dit": model.dit} | ({"adapter": model.adapter} if model.adapter.kind in ("refiner", "resampler") else {})
     for name, part in parts.items():
+        if part.heads < 1:
+            continue
         reason = cudnn_obstacle(model.dtype, part.width // part.heads) if model.attention == "cudnn" else None
         if reason:
             yield f"model.attention='cudnn' {reason} in model.{name}; nearest: xla (or auto, which chooses by itself)"

@@ -40,10 +40,10 @@ def lock_workdir(workdir: str | os.PathLike) -> TextIO:
 
 
 def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Writes `config.json` into a new workdir; in one that has it, compares.
+    """Compares with the `config.json` of a workdir that has one, see `write_config`.
 
-    Raises ValueError listing each differing key as 'key: was -> now', unless all of them are free (see FREE); then the
-    file takes the new values. `config` holds JSON values only, nested.
+    Raises ValueError listing each differing key as 'key: was -> now', unless all of them are free (see FREE). `config` holds JSON
+    values only, nested.
     """
     path = Path(workdir) / "config.json"
     now = json.loads(json.dumps(config))
@@ -59,7 +59,11 @@ def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None
             raise ValueError(
                 f"workdir {workdir} was made with another config:\n{lines}\nUse these values or another --workdir."
             )
-    write_json(path, now)
+
+
+def write_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Makes `config` that of the workdir. To be called when nothing of it was found to be wrong: it binds all later starts."""
+    write_json(Path(workdir) / "config.json", json.loads(json.dumps(config)))
 
 
 def config_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from rise_jax.workdir import check_workdir, config_differences, lock_workdir, write_json
+from rise_jax.workdir import check_workdir, config_differences, lock_workdir, write_config, write_json
 
 CONFIG = {"run": {"steps": 10, "seed": 0, "keep": 2}, "mesh": {"data": -1}, "data": {"workers": 0, "path": None}}
 
@@ -13,17 +13,22 @@ def changed(**groups):
     return {group: {**CONFIG.get(group, {}), **groups.get(group, {})} for group in {**CONFIG, **groups}}
 
 
+def claim(workdir, config):
+    check_workdir(workdir, config)
+    write_config(workdir, config)
+
+
 def test_the_same_config_and_free_keys_pass(tmp_path):
-    check_workdir(tmp_path, CONFIG)
-    check_workdir(tmp_path, CONFIG)
+    claim(tmp_path, CONFIG)
+    claim(tmp_path, CONFIG)
     run = {"steps": 20, "keep": 5, "accumulate": 2, "profile": "1:3"}
     longer = changed(run=run, model={"dit": {"remat": "blocks"}}, mesh={"data": 2}, data={"workers": 4})
-    check_workdir(tmp_path, longer)
-    check_workdir(tmp_path, longer)
+    claim(tmp_path, longer)
+    claim(tmp_path, longer)
 
 
 def test_another_config_is_refused_with_all_differences(tmp_path):
-    check_workdir(tmp_path, CONFIG)
+    claim(tmp_path, CONFIG)
     with pytest.raises(ValueError) as error:
         check_workdir(tmp_path, changed(run={"seed": 1, "steps": 99}, data={"path": "clips", "new": 1}))
     message = str(error.value)

@@ -82,8 +82,9 @@ class Quarantine:
     def _listed(self) -> dict[str, str]:
         if not self.file.exists():
             return {}
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = (json.loads(line) for line in lines if line.endswith("\n"))  # a full disk may have cut the last one
+        return {entry["path"]: entry["reason"] for entry in whole}
 
     def _message(self) -> str:
         needed = math.ceil(1e4 * len(self.bad) / self.clips) / 1e4
