@@ -105,11 +105,7 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
 def _seeds(config: ConfigDict) -> Iterable[str]:
     for key, value, limit in (
         ("run.seed", config.run.seed, 2**32 - 1),
-        (
-            "sample.seed",
-            config.sample.seed,
-            2**31 - 1 - max(config.sample.count, 1_000_000),
-        ),  # one seed a prompt, counted up
+        ("sample.seed", config.sample.seed, 2**31 - 1_000_000),  # prompts have one each, counted up from here
     ):
         if value > limit:
             yield f"{key}={value} must be at most {limit}; nearest: {limit}"
