@@ -111,6 +111,7 @@ def test_bidirectional_and_per_token():
 # ---- inits ----
 
 
+@pytest.mark.slow
 def test_refiner_blocks_start_as_the_identity():
     states, mask, _ = inputs(7, 4)
     deep, shallow = make("refiner", depth=3), make("refiner", depth=1)

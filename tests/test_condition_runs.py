@@ -22,6 +22,8 @@ from rise_jax.step import make_eval_step
 from rise_jax.train import train
 from rise_jax.video import read_video
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red circle", "ein Kreis auf Weiß, klein und rot, links oben", "7"]
 ALONE = ("encode", "rewrite_then_encode")  # the LLM reads some text alone
 

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from tiny import tiny_config, write_llm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -106,14 +108,11 @@ def test_a_finished_run_says_so_and_changes_nothing(llm, stage1_run):
     assert summary(stage1_run) == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_killed_run_continues_bit_for_bit(stage, llm, stage1_run, stage2_run, tmp_path):
-    """kill -9 after the first checkpoint, the same command again: the end is that of an undisturbed run."""
-    undisturbed = stage1_run if stage == 1 else stage2_run
-    extra = [] if stage == 1 else [f"--config.run.init_from={stage1_run}"]
+def test_a_killed_stage_2_continues_bit_for_bit(llm, stage1_run, stage2_run, tmp_path):
+    """kill -9 after the first checkpoint, the same command again: the end is that of an undisturbed run. (Stage 1: test_survive.py.)"""
+    extra = [f"--config.run.init_from={stage1_run}"]
     process = subprocess.Popen(
-        command(stage, llm, tmp_path / "run", *extra), cwd=ROOT, env=environment(), start_new_session=True
+        command(2, llm, tmp_path / "run", *extra), cwd=ROOT, env=environment(), start_new_session=True
     )
     deadline = time.monotonic() + 300
     while not (tmp_path / "run" / "checkpoints" / "2").is_dir():
@@ -121,12 +120,11 @@ def test_a_killed_run_continues_bit_for_bit(stage, llm, stage1_run, stage2_run, 
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    run(stage, llm, tmp_path / "run", *extra)
+    run(2, llm, tmp_path / "run", *extra)
     for name in ("params_sha256", "ema_sha256", "steps"):
-        assert summary(tmp_path / "run")[name] == summary(undisturbed)[name]
+        assert summary(tmp_path / "run")[name] == summary(stage2_run)[name]
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(llm, stage1_run, tmp_path):
     process = subprocess.Popen(
         command(1, llm, tmp_path / "run", "--config.run.save_every=1000"),

@@ -18,6 +18,8 @@ from rise_jax.evaluate import intervals, scene_scores, shares
 from rise_jax.sharding import make_mesh
 from rise_jax.train import train
 
+pytestmark = pytest.mark.slow
+
 RED = Scene((Thing("circle", "red", "large", "left"),), "black", frozenset({"colour", "shape", "count"}))
 BLUE = replace(RED, things=(Thing("square", "blue", "large", "left"),), language="de")
 PAIR = replace(RED, things=(Thing("circle", "green", "small", "left"), Thing("triangle", "red", "small", "right")))

@@ -28,6 +28,8 @@ from rise_jax.runs import Run
 from rise_jax.trees import named_leaves
 from rise_jax.weights_wan import save_wan
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red circle", "3"]
 
 

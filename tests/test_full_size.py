@@ -15,6 +15,8 @@ from rise_jax.sharding import batch_sharding, make_mesh, replicated, shardings
 from rise_jax.step import make_train_step
 from rise_jax.trees import named_leaves
 
+pytestmark = pytest.mark.slow
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Wan2.1's and umT5's checkpoints, Qwen2.5-1.5B's config: what their files hold.
 DIT = {"wan_1_3b": 1_418_996_800, "wan_14b": 14_288_491_584}

@@ -45,6 +45,7 @@ def test_local_tells_each_process_who_it_is(tmp_path):
     assert sorted(lines) == [f"main.py --config=x 3 {number} 127.0.0.1" for number in range(3)]
 
 
+@pytest.mark.slow
 def test_local_ends_all_when_one_fails(tmp_path):
     waits = "trap 'echo told; exit 0' TERM; for i in {1..500}; do sleep 0.1; done"
     process = local(tmp_path, f"((JAX_PROCESS_ID == 1)) && {{ sleep 2; exit 3; }}; {waits}")
@@ -52,6 +53,7 @@ def test_local_ends_all_when_one_fails(tmp_path):
     assert process.returncode == 3
 
 
+@pytest.mark.slow
 def test_local_kills_what_does_not_hear(tmp_path):
     process = local(
         tmp_path, "((JAX_PROCESS_ID == 1)) && { sleep 1; exit 3; }; trap '' TERM; while true; do sleep 0.1; done"

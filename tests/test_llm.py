@@ -36,6 +36,7 @@ def test_smollm2_agrees_with_the_reference_in_every_layer():
     np.testing.assert_allclose(states[:, 0][largest], reference["hidden_states"][largest], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_smollm2_in_bf16_stays_near_the_reference():
     reference = np.load(REFERENCE)
     states, _ = llama.run(llama.smollm2("bfloat16"), reference["input_ids"][None], jnp.bfloat16)
@@ -117,6 +118,7 @@ def test_a_shared_part_counts_as_repeated():
     np.testing.assert_allclose(alone, together, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_reading_in_pieces_equals_reading_at_once():
     model = random_model()
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, 9)))

@@ -211,6 +211,7 @@ def test_processes_that_share_the_file_count_together(load, tmp_path):
         list(together)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_when_a_clip_is_set_aside(tmp_path):
     code = """
 import resource, sys

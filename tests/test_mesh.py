@@ -17,6 +17,8 @@ from rise_jax.sharding import make_mesh, put_batch, put_rows, shardings
 from rise_jax.step import make_train_step, new_state
 from rise_jax.trees import named_leaves, nested, partition
 
+pytestmark = pytest.mark.slow
+
 D_LLM, TOKENS, BATCH = 16, 5, 8
 CONFIG = ConfigDict(
     dict(
@@ -106,7 +108,6 @@ def assert_within_bound(found, expected):
     assert len(off) == len(expected) and max(off.values()) <= 1e-5, max(off.items(), key=lambda item: item[1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_gives_the_same_loss_gradients_and_parameters(name, params, one_device):
     sizes, sequence = MESHES[name]

@@ -30,6 +30,7 @@ def spoil(video, blur, noise, rng):
     return np.clip(soft + rng.normal(0, noise, video.shape), 0, 255).round().astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("frames", "side", "count"), [(9, 24, 500), (9, 32, 500), (1, 24, 200), (5, 24, 100), (9, 64, 50), (5, 128, 30)]
 )

@@ -13,6 +13,8 @@ from rise_jax.sharding import make_mesh
 from rise_jax.train import train
 from rise_jax.video import to_uint8
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red circle", "ein blaues Quadrat nach oben", "3"]
 
 

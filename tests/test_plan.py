@@ -112,6 +112,7 @@ def test_bytes_per_device_are_those_of_arrays_on_a_mesh(sizes):
     assert bytes_per_device(abstract, planned_mesh(**{"data": 1, **sizes})) == sum(shard.data.nbytes for shard in first)
 
 
+@pytest.mark.slow
 def test_the_mesh_shares_out_state_and_activations():
     config = config_of("stage2", "tiny")
     outlined = outline(config)
@@ -148,6 +149,7 @@ def test_caches_by_hand():
 # ---- sizes ----
 
 
+@pytest.mark.slow
 def test_the_embedded_llm_has_the_sizes_said():
     published, _ = known_sizes.llm_sizes("embedded")
     from rise_jax.weights import open_weights
@@ -209,6 +211,7 @@ def test_the_batch_is_the_one_training_has(condition, tmp_path):
 # ---- the mode ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_a_plan(preset, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -225,6 +228,7 @@ def test_every_preset_has_a_plan(preset, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+@pytest.mark.slow
 def test_stage_0_and_the_native_condition_have_plans(tmp_path, capsys):
     assert plan(config_of("stage0", "tiny"), tmp_path) == 0
     native = dict(model__condition="native", model__adapter__kind="identity", model__adapter__registers=0)
@@ -234,6 +238,7 @@ def test_stage_0_and_the_native_condition_have_plans(tmp_path, capsys):
     assert "5,680.91" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_states_in_the_step_and_the_vae_are_counted():
     config = config_of("stage1", "wan_1_3b", run__batch_size=2)
     outlined = checked_outline(config)

@@ -22,6 +22,8 @@ from rise_jax.validate import validate
 from rise_jax.weights_wan import load_wan
 from rise_jax.weights_wan_vae import load_wan_vae
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(channels=5, patch=(1, 2, 2), heads=2, head_width=12, mlp_width=32, depth=2, d_ctx=16, text_len=164)
 
 

@@ -37,6 +37,7 @@ def compiled(remat):
     return jax.jit(jax.value_and_grad(loss)).lower(params).compile(), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", REMAT[1:])
 def test_every_policy_gives_the_same_loss_and_gradients(remat):
     step, params = compiled("none")

@@ -163,6 +163,7 @@ def test_drawing_needs_keys(tiny):
         decode(tiny[1], PROMPTS, temperature=0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "new"), [("float32", 24), ("bfloat16", 8)])
 def test_smollm2_decodes_the_states_of_teacher_forcing(dtype, new):
     loaded = llama.smollm2(dtype)

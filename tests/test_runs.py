@@ -16,6 +16,8 @@ from rise_jax.language import states_in_batch
 from rise_jax.train import train
 from rise_jax.trees import named_leaves
 
+pytestmark = pytest.mark.slow
+
 
 class Left(NamedTuple):
     """What the first run ended with, read before its folder was deleted, and the second run."""

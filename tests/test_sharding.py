@@ -163,6 +163,7 @@ print("right")
 """
 
 
+@pytest.mark.slow
 def test_a_process_loads_the_rows_of_its_own_devices():
     """Two processes of four devices: beside each other, alternating on the mesh, and with the same rows where context spans them."""
     with socket.socket() as free:

@@ -94,6 +94,7 @@ def assert_same_gradients(before, first, second):
     assert not bad, bad
 
 
+@pytest.mark.slow
 def test_every_leaf_is_trained_and_only_those_chosen_move(model, params):
     state, _, _ = run(model, params, make_batch())
     still = [
@@ -118,6 +119,7 @@ def test_zero_weight_clips_change_nothing(model, params):
     assert tree_sha256(first.params) == tree_sha256(second.params)
 
 
+@pytest.mark.slow
 def test_a_sample_draws_the_same_noise_in_any_batch(model, params):
     """The mean over a batch equals the mean over its halves: the draws follow the sample's index, not its row."""
     batch = make_batch()
@@ -179,6 +181,7 @@ def test_padding_behind_the_tokens_changes_nothing(model, params):
     np.testing.assert_allclose(run(model, params, batch)[1]["loss"], run(model, params, longer)[1]["loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", ["states", "loss_overflow"])
 def test_a_non_finite_step_changes_nothing_and_blocks_the_next(model, params, poison):
     optimizer = optax.adam(1e-2)
@@ -195,6 +198,7 @@ def test_a_non_finite_step_changes_nothing_and_blocks_the_next(model, params, po
     assert metrics["finite"] and tree_sha256(state) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["refiner", "resampler", "mlp"])
 @pytest.mark.parametrize("time_cond", ["off", "adaln"])
 def test_every_adapter_kind_trains(kind, time_cond):
@@ -205,6 +209,7 @@ def test_every_adapter_kind_trains(kind, time_cond):
     assert metrics["finite"] and metrics["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_on_a_mesh_accumulation_donation_and_the_placement_of_the_ema(plain, whole_batch):
     (model, params), (loss, gradients, _) = plain, whole_batch
     optimizer, mesh = optax.sgd(0.1, momentum=0.9), make_mesh(2, 2, 1, 2)
@@ -230,6 +235,7 @@ def test_on_a_mesh_accumulation_donation_and_the_placement_of_the_ema(plain, who
             assert named_leaves(tree)[name].sharding == named_leaves(placed.params)[name], name
 
 
+@pytest.mark.slow
 def test_the_null_condition_is_what_a_dropped_prompt_gets(model, params):
     """With every condition dropped, the states cannot matter; with none dropped, they do."""
     other = make_batch()
@@ -245,6 +251,7 @@ def test_the_null_condition_is_what_a_dropped_prompt_gets(model, params):
         assert (losses[0] == losses[1]) == equal
 
 
+@pytest.mark.slow
 def test_it_learns_64_samples_and_uses_the_condition(model):
     """The loss falls far below the null condition's, and another sample's states raise it again."""
     optimizer = make_optimizer(3e-3, warmup=10)
@@ -266,6 +273,7 @@ def test_it_learns_64_samples_and_uses_the_condition(model):
     assert true < 0.5 * shuffled
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_stays_close_and_keeps_float32_parameters(model, params):
     half = make(dtype="bfloat16")
     state, metrics, _ = run(half, params, make_batch())

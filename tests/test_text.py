@@ -93,6 +93,7 @@ def byte_pairs(text: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_known_ids():
     assert embedded().encode("a cat running") == [81, 2644, 4108]
     assert embedded().encode("<|im_start|>") == [1]

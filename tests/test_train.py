@@ -21,6 +21,8 @@ from rise_jax.runs import initial_parameters
 from rise_jax.step import make_train_step, new_state
 from rise_jax.train import find_start, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):

@@ -152,6 +152,7 @@ def test_identity_is_the_hash_of_the_files(folder, tmp_path):
     assert load_llm(folder).identity["sha256"] == whole
 
 
+@pytest.mark.slow
 def test_the_embedded_model_has_its_published_size():
     loaded = llama.smollm2()
     assert loaded.identity["parameters"] == 134_515_008

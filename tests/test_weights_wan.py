@@ -71,6 +71,7 @@ def renamed_by_diffusers(names):
 # ---- agreement ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "grid", "length"), CASES.values(), ids=CASES)
 def test_output_and_every_gradient_are_diffusers(config, grid, length, tmp_path):
     """From the folder it saved, with a context shorter than text_len in most cases."""

@@ -53,6 +53,7 @@ def test_a_config_file_cut_short_is_named(tmp_path):
         check_workdir(tmp_path, CONFIG)
 
 
+@pytest.mark.slow
 def test_the_second_run_in_a_workdir_is_refused_and_told_by_whom(tmp_path):
     lock = lock_workdir(tmp_path / "run")
     code = f"from rise_jax.workdir import lock_workdir\nlock_workdir({str(tmp_path / 'run')!r})"
