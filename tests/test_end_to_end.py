@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def test_a_finished_run_says_so_and_changes_nothing(llm, stage1_run):
 
 
 def test_a_killed_stage_2_continues_bit_for_bit(llm, stage1_run, stage2_run, tmp_path):
-    """kill -9 after the first checkpoint, the same command again: the end is that of an undisturbed run. (Stage 1: test_survive.py.)"""
+    """kill -9 after the first checkpoint, the same command again: the end is that of an undisturbed run (stage 1: test_survive.py)."""
     extra = [f"--config.run.init_from={stage1_run}"]
     process = subprocess.Popen(
         command(2, llm, tmp_path / "run", *extra), cwd=ROOT, env=environment(), start_new_session=True
@@ -208,6 +209,20 @@ def test_another_config_in_the_same_workdir_is_refused(llm, stage1_run):
 )
 def test_mistakes_are_answered_with_words(flag, message, llm, tmp_path):
     assert message in run(1, llm, tmp_path / "run", flag, expect=1)
+    late = "random" in message  # what random leaves there are is known when all others have been read
+    assert (tmp_path / "run" / "config.json").exists() == late, "a mistake must not bind the next start"
+
+
+def test_a_summary_of_fewer_steps_does_not_make_a_run_finished(llm, stage1_run, tmp_path):
+    """As after run.steps was raised and the run was killed between its last checkpoint and its summary; and the other way round."""
+    before = summary(stage1_run)
+    shutil.copytree(stage1_run, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(before | {"steps": 1, "params_sha256": "old"}))
+    refused = run(1, llm, tmp_path / "run", "--config.run.steps=2", expect=1)
+    assert f"is at step {before['steps']} already; nearest: {before['steps']}" in refused
+    run(1, llm, tmp_path / "run")
+    after = summary(tmp_path / "run")
+    assert all(after[name] == before[name] for name in ("steps", "params_sha256", "ema_sha256", "final_loss"))
 
 
 def test_an_unwritable_workdir_is_named(llm):

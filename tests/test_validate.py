@@ -37,6 +37,8 @@ FAULTS = {
     "optim__drop": (1.5, r"optim.drop=1.5 must lie in \[0, 1\]; nearest: 1"),
     "data__fps": (0.0, "data.fps=0.0 must be above 0"),
     "sample__seed": (-1, "sample.seed=-1"),
+    "run__seed": (2**32, "run.seed=4294967296 must be at most 4294967295; nearest: 4294967295"),
+    "model__adapter__heads": (0, "model.adapter.heads=0 must be at least 1; nearest: 1"),
 }
 
 
