@@ -39,9 +39,9 @@ PROMPTS = "||".join(
     )
 )
 STAGE1 = decayed(240) + ["--config.data.texts=128"]
-STAGE2 = decayed(300) + ["--config.data.texts=192", f"--config.run.init_from={OUT / 'stage1'}"]
+STAGE2 = decayed(280) + ["--config.data.texts=192", f"--config.run.init_from={OUT / 'stage1'}"]
 GENERATE = ["--mode=generate", f"--config.sample.prompts={PROMPTS}"]
-EVALUATE = ["--mode=evaluate", "--config.sample.steps=12"]
+EVALUATE = ["--mode=evaluate", "--config.sample.steps=10"]
 SCORED = ("colour", "direction", "shape", "all")
 
 
