@@ -99,7 +99,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     model = model_from(config.model, language.width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
     check_files(config.model)
-    origin = find_start(config.run.init_from, config.run.preset)
+    begun = checkpoints.steps()  # then nothing depends on the folder that it started from
+    origin = None if begun else find_start(config.run.init_from, config.run.preset)
     if is_first():
         write_config(workdir, config.to_dict())
     with jax.set_mesh(mesh):
