@@ -35,7 +35,9 @@ def local(tmp_path, body, count=2):
     stand_in.chmod(0o755)
     environment = os.environ | {"PYTHON": str(stand_in)}
     command = ["launch/local.sh", str(count), "--config=x"]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    # A shell cannot trap what was ignored when it began, as SIGINT is where the tests themselves run in a script's background.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
 def test_local_tells_each_process_who_it_is(tmp_path):
