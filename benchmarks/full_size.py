@@ -111,18 +111,14 @@ def named(config: ConfigDict, mesh) -> tuple[Outline, str]:
 def drawn(tree, targets):
     """Values of every shape: small normal numbers, True, zeros; made where they are to lie."""
 
-    def draw(leaf, target):
-        def make(key):
-            if leaf.dtype == jnp.bool_:
-                return jnp.ones(leaf.shape, bool)
-            small = jnp.issubdtype(leaf.dtype, jnp.floating)
-            return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if small else jnp.zeros(leaf.shape, leaf.dtype)
+    def value(leaf, key):
+        if leaf.dtype == jnp.bool_:
+            return jnp.ones(leaf.shape, bool)
+        small = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if small else jnp.zeros(leaf.shape, leaf.dtype)
 
-        return jax.jit(make, out_shardings=target)(jax.random.key(0))
-
-    if isinstance(targets, jax.sharding.Sharding):
-        return draw(tree, targets)
-    return jax.tree.map(draw, tree, targets)
+    make = lambda key: jax.tree.map(lambda leaf: value(leaf, key), tree)
+    return jax.jit(make, out_shardings=targets)(jax.random.key(0))
 
 
 def compiled_in(jitted, *arguments) -> tuple[jax.stages.Compiled, float]:
