@@ -99,7 +99,7 @@ def time_text(config: ConfigDict, mesh) -> None:
     compiled, seconds = compiled_in(jax.jit(text.use), *arguments)
     took = median(lambda: jax.block_until_ready(compiled(*arguments)))
     report(f"text of {size} prompts, {text.length} tokens", compiled, seconds, took, count_flops(text.use, *arguments))
-    read = sum(leaf.nbytes for leaf in jax.tree.leaves(text.params)) * text.length / took / 1e9
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments[0])) * text.length / took / 1e9
     print(f"{'':4}{size * text.length / took:.0f} tokens/s, {read:.0f} GB/s of parameters")
 
 
