@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
@@ -19,7 +18,7 @@ from rise_jax.tensor_folder import TensorFolder
 from rise_jax.trees import named_leaves
 from rise_jax.weights_wan import STEM, abstract_wan, load_wan, merge_low_rank, save_wan, wan_sizes, wan_table
 from tests import wan
-from tests.wan import TINY, relative, sizes_of
+from tests.wan import TINY, read_tensors, relative, sizes_of, write_tensors
 
 SHAPES = (
     Path(__file__).parent / "fixtures" / "wan_shapes.txt"
@@ -46,15 +45,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def copy(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def read_tensors(folder):
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: value for file in files for name, value in safetensors.numpy.load_file(file).items()}
-
-
-def write_tensors(folder, tensors):
-    safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
 
 
 def bits(tree):

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from rise_jax.placement import check
 from rise_jax.tensor_folder import TensorFolder
 from rise_jax.weights_wan import STEM, abstract_wan, load_wan, wan_table
 from tests import wan
-from tests.wan import TINY, sizes_of
+from tests.wan import TINY, read_tensors, sizes_of, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +30,6 @@ def copy(folder, tmp_path):
 def change_config(folder, **settings):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
-
-
-def read_tensors(folder):
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: value for file in files for name, value in safetensors.numpy.load_file(file).items()}
-
-
-def write_tensors(folder, tensors):
-    safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
 
 
 def test_all_mismatches_are_reported_at_once(copy):

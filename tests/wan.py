@@ -5,13 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 import torch
 from diffusers import WanTransformer3DModel
 from flax import nnx
 
 from rise_jax.models.dit import DiT, coordinate_channels
 from rise_jax.trees import named_leaves, nested
-from rise_jax.weights_wan import wan_table
+from rise_jax.weights_wan import STEM, wan_table
 
 TINY = dict(channels=4, patch=(1, 2, 2), heads=2, head_width=12, mlp_width=40, depth=2, d_ctx=6, text_len=5)
 GRID = (2, 3, 2)  # tokens in time, height, width
@@ -92,3 +93,12 @@ def random_params(abstract, scale=0.3):
 
 def relative(ours, theirs):
     return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
+
+
+def read_tensors(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: value for file in files for name, value in safetensors.numpy.load_file(file).items()}
+
+
+def write_tensors(folder, tensors):
+    safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
