@@ -30,6 +30,18 @@ HEARTBEAT = flags.DEFINE_integer(
 flags.mark_flag_as_required("config")
 
 
+def parse(arguments: list[str]) -> list[str]:
+    """What is wrong with a flag or with the config it makes is told in a line; absl would show where in the code."""
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # The last line: a config file that raised is told with its stack, a key that is not there as the repr of an error.
+        told = str(error).replace("\\n", "\n").strip().splitlines()[-1].strip(" \\'\"")
+        if isinstance(error, AttributeError | KeyError):
+            told = f"no such config key: {told}"
+        sys.exit(f"error: {told}\nAll flags: python main.py --helpfull --config=configs/stage1.py")
+
+
 def main(_) -> int:
     level = logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", force=True)
@@ -93,4 +105,4 @@ def _mode(name: str):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

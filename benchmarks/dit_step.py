@@ -1,4 +1,5 @@
-"""A video DiT of 19 M parameters against diffusers' WanTransformer3DModel: forward, and a step (forward, MSE loss, backward).
+"""A video DiT of 20 M parameters against diffusers' WanTransformer3DModel: forward, and a step (forward, MSE loss, backward), the step
+with the blocks in a scan and unrolled, as `model.dit.unroll` of preset tiny asks on a CPU.
 
     python -m benchmarks.dit_step [--rounds 12]
 
@@ -32,31 +33,29 @@ def make_inputs() -> tuple[np.ndarray, ...]:
 
 
 def make_ours(latents, context, target, t):
-    """-> ({"forward", "step"} -> function that runs once and waits, number of parameters)"""
-    module = DiT(
-        channels=CHANNELS,
-        d_ctx=D_CTX,
-        width=HEADS * HEAD_WIDTH,
-        mlp_width=MLP_WIDTH,
-        heads=HEADS,
-        depth=DEPTH,
-        patch=PATCH,
-        text_len=TEXT_LEN,
-        rngs=nnx.Rngs(params=jax.random.key(0)),
+    """-> ({"forward", "step", "unrolled step"} -> function that runs once and waits, number of parameters)"""
+    sizes = dict(
+        channels=CHANNELS, d_ctx=D_CTX, width=HEADS * HEAD_WIDTH, mlp_width=MLP_WIDTH, heads=HEADS, depth=DEPTH
     )
-    graph, params = nnx.split(module)
     arrays = jax.device_put((latents, context, target, t))
 
-    def forward(params, latents, context, target, t):
-        dit = nnx.merge(graph, params)
-        return dit(latents, t, dit.kv(context))
+    def programs(unroll):
+        rngs = nnx.Rngs(params=jax.random.key(0))
+        graph, params = nnx.split(DiT(**sizes, patch=PATCH, text_len=TEXT_LEN, unroll=unroll, rngs=rngs))
 
-    def loss(params, latents, context, target, t):
-        return jnp.mean((forward(params, latents, context, target, t) - target) ** 2)
+        def forward(params, latents, context, target, t):
+            dit = nnx.merge(graph, params)
+            return dit(latents, t, dit.kv(context))
 
-    runs = {"forward": jax.jit(forward), "step": jax.jit(jax.value_and_grad(loss))}
-    waiting = {name: lambda run=run: jax.block_until_ready(run(params, *arrays)) for name, run in runs.items()}
-    return waiting, sum(x.size for x in jax.tree.leaves(params))
+        def loss(params, latents, context, target, t):
+            return jnp.mean((forward(params, latents, context, target, t) - target) ** 2)
+
+        waiting = lambda run: lambda: jax.block_until_ready(run(params, *arrays))
+        return waiting(jax.jit(forward)), waiting(jax.jit(jax.value_and_grad(loss))), params
+
+    (forward, step, params), (_, unrolled, _) = programs(False), programs(True)
+    runs = {"forward": forward, "step": step, "unrolled step": unrolled}
+    return runs, sum(x.size for x in jax.tree.leaves(params))
 
 
 def make_theirs(latents, context, target, t):
@@ -82,7 +81,7 @@ def make_theirs(latents, context, target, t):
         model.zero_grad(set_to_none=True)
         torch.nn.functional.mse_loss(model(latents, t, context, return_dict=False)[0], target).backward()
 
-    return {"forward": forward, "step": step}, sum(p.numel() for p in model.parameters())
+    return {"forward": forward, "step": step, "unrolled step": step}, sum(p.numel() for p in model.parameters())
 
 
 def seconds(function) -> float:
@@ -103,13 +102,13 @@ def main():
     tokens = int(np.prod(LATENTS)) // int(np.prod(PATCH))
     print(f"{our_size / 1e6:.1f} M parameters, batch {BATCH}, {tokens} tokens each, fp32, {jax.default_backend()}")
     print(f"jax {jax.__version__}, torch {torch.__version__} ({torch.get_num_threads()} threads), {rounds} rounds")
-    print(f"{'seconds':10}{'rise_jax':>10}{'diffusers':>11}{'ratio':>8}{'first call':>12}")
+    print(f"{'seconds':15}{'rise_jax':>10}{'diffusers':>11}{'ratio':>8}{'first call':>12}")
     for name in ours:
         for run in (ours[name], theirs[name]) * 2:  # warm up
             run()
         times = [(seconds(ours[name]), seconds(theirs[name])) for _ in range(rounds)]
         mine, other = np.median(times, axis=0)
-        print(f"{name:10}{mine:10.3f}{other:11.3f}{mine / other:8.2f}{compiling[name]:12.1f}")
+        print(f"{name:15}{mine:10.3f}{other:11.3f}{mine / other:8.2f}{compiling[name]:12.1f}")
 
 
 if __name__ == "__main__":

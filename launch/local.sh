@@ -34,7 +34,7 @@ tell() { kill "-$1" "${alive[@]}" 2>/dev/null || true; }
 trap 'tell TERM' TERM
 trap 'tell INT' INT
 
-code=0
+code=0 killer=''
 while ((${#alive[@]})); do
   ended='' status=0
   wait -n -p ended "${alive[@]}" || status=$?
@@ -47,5 +47,7 @@ while ((${#alive[@]})); do
   ((code == 75)) && continue # stopped by a signal after saving: the others are about to do the same
   tell TERM
   (sleep 10 && kill -KILL "${alive[@]}") 2>/dev/null & # blocked in a collective, it does not hear SIGTERM
+  killer=$!
 done
+if [[ -n $killer ]]; then kill -- "-$killer" 2>/dev/null || true; fi # else it may hit whoever has their numbers next
 exit "$code"

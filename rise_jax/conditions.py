@@ -12,29 +12,32 @@ from tqdm import tqdm
 from rise_jax.condition_kinds import Condition
 from rise_jax.data.sources import Text
 from rise_jax.language import Pair, differing
-from rise_jax.processes import from_first, is_first
+from rise_jax.processes import check_agreed, from_first, is_first
 from rise_jax.video import write_file
 
 LOG = logging.getLogger(__name__)
+PART = 4096  # prompts: minutes of an LLM's work
 
 
 def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
     """Texts as pairs, every missing rephrasing written by the LLM; kept in `file` (JSON lines), read from it the next time.
 
-    Where the condition needs none, none is written. Several processes write them together, and process 0 keeps them. Raises ValueError
-    when `file` was written by another LLM or instruction, or when the LLM wrote nothing for a prompt.
+    What is written is kept every PART prompts, so that a run that is ended meanwhile goes on from there. Where the condition needs
+    none, none is written. Several processes write them together, and process 0 keeps them. Raises ValueError when `file` was written
+    by another LLM or instruction, or when the LLM wrote nothing for a prompt.
     """
     unwritten = lambda text: language.writes and text.rephrased is None
     missing = sorted({text.prompt for text in texts if unwritten(text)})
     known = _read_written(file, language) if missing else {}
     new = [prompt for prompt in missing if prompt not in known]
-    _agree(new, file)
+    check_agreed(new, str(file))
     if new:
         LOG.info("the LLM writes %d missing captions into %s", len(new), file)
-        known |= _write(new, language)
-    if new and is_first():
-        lines = [_head(language), *({"prompt": prompt, **known[prompt]} for prompt in sorted(known))]
-        write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    for first in range(0, len(new), PART):
+        known |= _write(new[first : first + PART], language)
+        if is_first():
+            lines = [_head(language), *({"prompt": prompt, **known[prompt]} for prompt in sorted(known))]
+            write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return [
         Pair(text.prompt, known[text.prompt]["tokens"]) if unwritten(text) else language.pair(text) for text in texts
     ]
@@ -71,15 +74,6 @@ def fingerprint_of(pairs: list[Pair], language: Condition) -> str:
     """SHA-256 over the LLM, its dtype, the layer, the instruction, the condition, the token budget and all texts."""
     content = json.dumps([language.identity, language.length, pairs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _agree(prompts: list[str], file: Path) -> None:
-    """Processes that lack different captions would wait for each other without end: RuntimeError instead."""
-    ours = np.frombuffer(hashlib.sha256(json.dumps(prompts).encode()).digest(), np.uint32)
-    if (np.asarray(from_first(ours)) != ours).any():
-        raise RuntimeError(
-            f"{file} is another for this process than for process 0: all need the same --workdir, on a shared disk"
-        )
 
 
 def _write(prompts: list[str], language: Condition) -> dict[str, dict]:

@@ -3,7 +3,9 @@
 All of it does nothing, or nothing that costs time, where there is one process.
 """
 
+import hashlib
 import itertools
+import json
 import logging
 import os
 import signal
@@ -101,6 +103,16 @@ def from_first(value: Any) -> Any:
 def gathered(rows: np.ndarray) -> np.ndarray:
     """The rows [n, ...] of all processes, n from each, in the order of the processes."""
     return multihost_utils.process_allgather(rows, tiled=True) if jax.process_count() > 1 else rows
+
+
+def check_agreed(value: Any, what: str) -> None:
+    """Raises RuntimeError where `what` gave this process another JSON value than process 0: going on, they would wait for each other
+    without end."""
+    ours = np.frombuffer(hashlib.sha256(json.dumps(value).encode()).digest(), np.uint32)
+    if (np.asarray(from_first(ours)) != ours).any():
+        raise RuntimeError(
+            f"{what} is another for this process than for process 0: all need the same flags, and a disk that they share"
+        )
 
 
 def any_process(flag: bool) -> bool:

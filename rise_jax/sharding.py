@@ -191,10 +191,16 @@ def _checked(*sizes: int) -> tuple[dict[str, int], list[str]]:
     named = dict(zip(AXES, sizes))
     wrong = {name: size for name, size in named.items() if size < 1 and size != -1}
     if wrong:
-        raise ValueError(f"mesh sizes must be >= 1, or -1 to fill from the devices; got {_describe(wrong)}")
+        raise ValueError(
+            f"mesh sizes must be >= 1, or -1 to fill from the devices; got {_describe(wrong)}; nearest: "
+            f"{_describe(dict.fromkeys(wrong, 1))}"
+        )
     free = [name for name, size in named.items() if size == -1]
     if len(free) > 1:
-        raise ValueError(f"only one mesh axis may be -1; got {_describe(dict.fromkeys(free, -1))}")
+        nearest = {free[0]: -1} | dict.fromkeys(free[1:], 1)
+        raise ValueError(
+            f"only one mesh axis may be -1; got {_describe(dict.fromkeys(free, -1))}; nearest: {_describe(nearest)}"
+        )
     return named, free
 
 

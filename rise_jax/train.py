@@ -24,7 +24,7 @@ from rise_jax.language import states_in_batch
 from rise_jax.loop import batches_on, compile_step, run_steps
 from rise_jax.models.remat import check_remat
 from rise_jax.optim import make_optimizer
-from rise_jax.processes import from_first, is_first, meet
+from rise_jax.processes import check_agreed, from_first, is_first, meet
 from rise_jax.published import check_files, load_vae
 from rise_jax.report import peak_memory_gib, read_metrics, write_summary
 from rise_jax.sharding import check_batch, describe, make_mesh, process_rows, shardings
@@ -43,12 +43,14 @@ def train(config: ConfigDict, workdir: Path) -> int:
     """Trains until `run.steps` and returns the exit code. A workdir with a checkpoint is continued, a finished one left alone."""
     validate(config)
     with _claimed(config, workdir), Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints:
-        if min(from_first(_summarised(workdir)), max(checkpoints.steps(), default=0)) >= config.run.steps:
+        steps = checkpoints.steps()
+        check_agreed(steps, str(checkpoints.directory))
+        if min(from_first(_summarised(workdir)), max(steps, default=0)) >= config.run.steps:
             print(
                 f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."
             )
             return 0
-        return _run(config, workdir, checkpoints)
+        return _run(config, workdir, checkpoints, begun=bool(steps))
 
 
 @contextmanager
@@ -87,7 +89,8 @@ def find_start(init_from: str, preset: str) -> Path | None:
     return None
 
 
-def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
+def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: bool) -> int:
+    """A run that has begun does not depend on the folder that it started from."""
     mesh = make_mesh(**config.mesh)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     check_remat(config.model.dit.get("remat", "none"), jax.local_devices()[0])
@@ -99,8 +102,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
     model = model_from(config.model, language.width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
     check_files(config.model)
-    begun = checkpoints.steps()  # then nothing depends on the folder that it started from
     origin = None if begun else find_start(config.run.init_from, config.run.preset)
+    check_agreed(str(origin), f"run.init_from={config.run.init_from!r}")
     if is_first():
         write_config(workdir, config.to_dict())
     with jax.set_mesh(mesh):
@@ -145,6 +148,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> int:
             workers=config.data.workers,
             max_bad=config.data.max_bad,
             quarantine_file=workdir / "quarantine.jsonl",
+            process=jax.process_index(),
         )
         _announce(config, source, start, state, frozen, where)
         code = 0

@@ -33,6 +33,11 @@ def lock_workdir(workdir: str | os.PathLike) -> TextIO:
         raise RuntimeError(
             f"workdir {workdir} is in use by process {owner}; stop it or choose another --workdir"
         ) from error
+    except OSError as error:
+        file.close()
+        raise OSError(
+            error.errno, f"cannot lock workdir {workdir}: {error.strerror}; its file system must support flock"
+        ) from error
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

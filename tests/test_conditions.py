@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import write_llm
 
+from rise_jax import conditions
 from rise_jax.conditions import cached_states, complete, fingerprint_of
 from rise_jax.data.sources import Text
 from rise_jax.language import Language, Pair
@@ -36,6 +37,27 @@ def test_given_captions_are_kept_and_written_ones_are_read_back(language, tmp_pa
     assert complete(TEXTS, language, tmp_path / "captions.jsonl") == first
     assert (tmp_path / "captions.jsonl").read_bytes() == before
     assert len(before.splitlines()) == 3
+
+
+def test_captions_written_before_a_run_ended_are_not_written_again(language, tmp_path, monkeypatch):
+    """Two of three are kept when the LLM fails at the third; then only that one is asked for, and the file is as if nothing failed."""
+    texts = [Text(prompt, None) for prompt in ("a red circle", "a green square", "a blue triangle")]
+    expected = complete(texts, language, tmp_path / "whole.jsonl")
+    rephrase, asked = language.rephrase, []
+
+    def failing(prompts, **options):
+        asked.append(prompts)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return rephrase(prompts, **options)
+
+    monkeypatch.setattr(conditions, "PART", 1)
+    monkeypatch.setattr(language, "rephrase", failing)
+    with pytest.raises(KeyboardInterrupt):
+        complete(texts, language, tmp_path / "parts.jsonl")
+    assert complete(texts, language, tmp_path / "parts.jsonl") == expected
+    assert asked[2] == asked[3] and len(asked) == 4
+    assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_captions_of_another_instruction_are_refused(language, tmp_path):

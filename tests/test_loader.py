@@ -200,15 +200,18 @@ def test_a_resumed_run_does_not_list_again_and_forgets_repaired_clips(load, tmp_
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
 
 
-def test_processes_that_share_the_file_count_together(load, tmp_path):
+def test_processes_count_together_and_write_files_of_their_own(load, tmp_path):
     source = Numbered(10, bad=range(4))
     for n in range(2):  # one process alone meets at most 3 of the 4 in the first epoch
         file = tmp_path / f"{n}.jsonl"
         take(load(source, rows=[2 * n, 2 * n + 1], max_bad=0.3, quarantine_file=file), 3)
-    shares = [load(source, rows=[2 * n, 2 * n + 1], max_bad=0.3) for n in range(2)]
+    shares = [load(source, rows=[2 * n, 2 * n + 1], max_bad=0.3, process=n) for n in range(2)]
     together = (next(share) for _ in range(3) for share in shares)
-    with pytest.raises(RuntimeError, match="of 10 clips"):
+    with pytest.raises(RuntimeError, match="4 of 10 clips"):
         list(together)
+    files = [tmp_path / name for name in ("quarantine.jsonl", "quarantine-1.jsonl")]
+    alone = [[json.loads(line)["path"] for line in file.read_text().splitlines()] for file in files]
+    assert all(alone) and sorted(alone[0] + alone[1]) == sorted({*alone[0], *alone[1]})
 
 
 @pytest.mark.slow

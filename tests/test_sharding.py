@@ -41,8 +41,8 @@ def test_minus_one_fills_from_the_devices():
         (dict(data=3, fsdp=2), "product 6 is not the number of devices, 8; nearest: mesh.data=4, mesh.fsdp=2"),
         (dict(data=2, fsdp=1), "product 2 is not the number of devices, 8; nearest: mesh.data=[248]"),
         (dict(data=16), "product 16 is not the number of devices, 8; nearest: mesh.data=8"),
-        (dict(data=-1, fsdp=-1), "only one mesh axis may be -1; got mesh.data=-1, mesh.fsdp=-1"),
-        (dict(data=0), "mesh sizes must be >= 1, or -1.*mesh.data=0"),
+        (dict(data=-1, fsdp=-1), "may be -1; got mesh.data=-1, mesh.fsdp=-1; nearest: mesh.data=-1, mesh.fsdp=1"),
+        (dict(data=0), "mesh sizes must be >= 1, or -1.*mesh.data=0; nearest: mesh.data=1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_both_numbers_and_the_nearest_choice(sizes, message):

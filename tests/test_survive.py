@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from faults import (
     DEVICES,
+    HEARTBEAT,
     ROOT,
     STEPS,
     Lab,
     cut_newest,
     environment,
     fill_disk,
+    free_port,
     kill_any_time,
     kill_while_saving,
     lose_one,
     survive,
+    wait,
 )
 from faults import stop as stop_one
 from ml_collections import ConfigDict
@@ -39,7 +42,7 @@ def lab(tmp_path_factory):
     return Lab(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("fault", [kill_any_time, kill_while_saving, cut_newest, fill_disk])
+@pytest.mark.parametrize("fault", [kill_any_time, kill_while_saving, stop_one, cut_newest, fill_disk])
 def test_one_process_survives(fault, lab):
     survive(lab, fault.__name__, fault, 1, 1, random.Random(1))
 
@@ -68,6 +71,19 @@ def test_two_processes_continue_what_one_began_and_losing_one_ends_the_other(lab
     assert new, run.said()
     losses = {line["step"]: line["loss"] for line in one.metrics()}
     np.testing.assert_allclose([line["loss"] for line in new], [losses[line["step"]] for line in new], rtol=1e-5)
+
+
+def test_two_processes_that_do_not_share_a_disk_end_and_say_so(lab):
+    """Process 1 finds no checkpoint where process 0 finds one: it says so and ends, and process 0 with it."""
+    run = lab.run("apart", processes=2, like=lab.undisturbed(1))
+    shutil.copytree(lab.undisturbed(1).workdir / "checkpoints" / "2", run.workdir / "checkpoints" / "2")
+    address, flags = f"127.0.0.1:{free_port()}", run.flags
+    processes = [run.start(0, address)]
+    run.flags = [*flags, f"--workdir={run.workdir.with_name('elsewhere')}"]
+    processes.append(run.start(1, address))
+    assert 0 not in wait(processes, HEARTBEAT + 60), run.said()
+    assert "elsewhere/checkpoints is another for this process than for process 0" in run.log(1).read_text()
+    assert not run.metrics()
 
 
 def test_two_processes_by_the_local_launcher_make_the_videos_of_one(lab):

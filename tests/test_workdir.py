@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -62,6 +64,19 @@ def test_the_second_run_in_a_workdir_is_refused_and_told_by_whom(tmp_path):
     assert f"is in use by process {os.getpid()}" in second.stderr
     lock.close()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    """Some network disks answer flock so; there is none here to ask."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(
+        OSError, match="cannot lock workdir .*run: No locks available; its file system must support flock"
+    ):
+        lock_workdir(tmp_path / "run")
 
 
 def test_a_workdir_that_cannot_be_made_or_written_is_named(tmp_path):

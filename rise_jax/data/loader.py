@@ -28,16 +28,17 @@ def make_loader(
     rows: Sequence[int] | None = None,
     workers: int = 0,
     max_bad: float = 0.01,
+    process: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches start_step, start_step + 1, ... without end. Close it, or drop it, to stop its threads and processes.
 
     batch_size: rows over all processes. rows: the b of them that this process loads, ascending; None: all.
     workers: processes that load ahead; 0 loads ahead in threads of this one.
-    max_bad: share of the source's clips that may be unreadable, in [0, 1].
+    max_bad: share of the source's clips that may be unreadable, in [0, 1]. process: this one's number among several.
     Each batch: video uint8 [b, T, H, W, 3], text int32 [b] (index into source.texts), index int64 [b] (number of the
     sample in the run), weight float32 [b]. A clip that cannot be read has weight 0, text 0 and a video of zeros, and is
-    named with its reason in `quarantine_file` (one JSON line per clip); next() raises RuntimeError when there are more
-    of them than max_bad allows. Raises ValueError for values out of range.
+    named with its reason in `quarantine_file` (one JSON line per clip; see `Quarantine`); next() raises RuntimeError when
+    there are more of them than max_bad allows. Raises ValueError for values out of range.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     _validate(len(source), batch_size, seed, start_step, rows, workers, max_bad)
@@ -50,18 +51,23 @@ def make_loader(
         if not flags.FLAGS.is_parsed():  # grain reads a flag when it starts a process
             flags.FLAGS.mark_as_parsed()
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    return _set_bad_aside(ahead, Quarantine(quarantine_file, clips=len(source), max_bad=max_bad))
+    quarantine = Quarantine(quarantine_file, clips=len(source), max_bad=max_bad, process=process)
+    return _set_bad_aside(ahead, quarantine)
 
 
 class Quarantine:
     """The clips that could not be read: one line each in a file, and a limit on how many there may be.
 
     The file outlives the run; only clips found bad since this object was made count towards the limit, so that clips
-    which were repaired do not. Processes that share the file count each other's.
+    which were repaired do not. Process N > 0 of several writes NAME-N beside it, since appending to one file over a
+    network loses lines; all count each other's.
     """
 
-    def __init__(self, file: str | os.PathLike, *, clips: int, max_bad: float):
-        self.file, self.clips, self.max_bad = Path(file), clips, max_bad
+    def __init__(self, file: str | os.PathLike, *, clips: int, max_bad: float, process: int = 0):
+        first = Path(file)
+        self.file = first.with_stem(f"{first.stem}-{process}") if process else first
+        self.clips, self.max_bad = clips, max_bad
+        self._pattern = f"{first.stem}*{first.suffix}"
         self.earlier = self._listed().keys()
         self.bad: dict[str, str] = {}
 
@@ -80,9 +86,8 @@ class Quarantine:
             raise RuntimeError(self._message())
 
     def _listed(self) -> dict[str, str]:
-        if not self.file.exists():
-            return {}
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+        files = sorted(self.file.parent.glob(self._pattern))
+        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines(keepends=True)]
         whole = (json.loads(line) for line in lines if line.endswith("\n"))  # a full disk may have cut the last one
         return {entry["path"]: entry["reason"] for entry in whole}
 
