@@ -57,11 +57,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, item_names=("state", "meta"), options=options)
 
     def steps(self) -> list[int]:
-        """Steps with a finished checkpoint, oldest first."""
+        """Steps with a finished checkpoint, oldest first: those that process 0 sees."""
         if not self.directory.is_dir():
             return []
         self._manager.reload()
-        return sorted(self._manager.all_steps())
+        return sorted(map(int, self._manager.all_steps()))
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing; returns once the state is off the devices, so its buffers may be donated.

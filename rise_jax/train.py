@@ -44,7 +44,6 @@ def train(config: ConfigDict, workdir: Path) -> int:
     validate(config)
     with _claimed(config, workdir), Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints:
         steps = checkpoints.steps()
-        check_agreed(steps, str(checkpoints.directory))
         if min(from_first(_summarised(workdir)), max(steps, default=0)) >= config.run.steps:
             print(
                 f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."

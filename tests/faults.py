@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from quick import QUICK
 from tiny import tiny_flags, write_llm
 
 ROOT = Path(__file__).parents[1]
@@ -91,12 +92,11 @@ class Run:
 
 def environment(devices: int) -> dict[str, str]:
     """Of a run of main.py on `devices` CPU devices: quick to start and to compile, and with the tests' compilation cache."""
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     cache = os.path.join(tempfile.gettempdir(), f"rise_jax_test_cache_{os.getuid()}")
     return os.environ | {
         "PYTHON": sys.executable,  # of launch/local.sh
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT / "tests" / "fixtures" / "without_torch"),

@@ -168,7 +168,7 @@ def test_mistakes_are_answered_with_words(flag, message, llm, tmp_path):
 )
 def test_mistakes_are_refused_before_they_bind_the_next_start(key, value, message, llm, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
-        train(tiny_config(1, llm, **{key: value}), tmp_path / "run")
+        train(tiny_config(1, llm, run__batch_size=8, **{key: value}), tmp_path / "run")
     late = "random" in message  # what random leaves there are is known when all others have been read
     assert (tmp_path / "run" / "config.json").exists() == late
 

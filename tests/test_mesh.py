@@ -35,7 +35,6 @@ CONFIG = ConfigDict(
 FRAMES = 9  # 3 latent frames of 2 x 2 tokens: 12, which do not divide over 8 devices
 SGD = optax.chain(optax.trace(decay=0.0), optax.sgd(0.01))  # the trace is the gradient
 STEPS = 3
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is what these tests cost: half the time so
 
 MESHES = {  # mesh, Backend.sequence
     "data": ((8, 1, 1, 1), "auto"),
@@ -77,7 +76,7 @@ def make_batch():
 def run(model, state, batch):
     """(losses of STEPS steps, gradients of the first, parameters after the last), on the host."""
     rates = dict(drop=0.25, time_mean=0.0, time_std=1.0, ema=0.9)
-    step = jax.jit(make_train_step(model, SGD, **rates), compiler_options=QUICK)
+    step = jax.jit(make_train_step(model, SGD, **rates))
     losses, first = [], None
     for i in range(STEPS):
         state, metrics = step(state, {"params": {}, "vae": {}}, batch | {"step": np.int32(i)}, jax.random.key(0))
@@ -132,7 +131,7 @@ def test_every_mesh_gives_the_same_latents(name, params):
         call = lambda params, inputs: make_latents(
             model, params, *inputs, times, 3.0, shape=(3, 8, 8, 12), stepper="euler"
         )
-        return np.asarray(jax.jit(call, compiler_options=QUICK)(params, inputs))
+        return np.asarray(jax.jit(call)(params, inputs))
 
     expected = latents(make(), params, inputs)
     mesh = make_mesh(*sizes)

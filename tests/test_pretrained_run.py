@@ -22,6 +22,7 @@ import wan
 from diffusers import WanTransformer3DModel
 from folders import write_metadata
 from ml_collections import ConfigDict
+from quick import QUICK
 
 from rise_jax import Pipeline, flow, runs
 from rise_jax.data.attributes import BACKGROUNDS, COLOURS, SHAPES, SIZES, STILL, Scene, Thing
@@ -87,7 +88,7 @@ def train(config, workdir, **overrides):
         for group, values in groups.items()
         for name, value in values.items()
     ]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment = os.environ | {"XLA_FLAGS": QUICK, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     done = subprocess.run(
         [sys.executable, "main.py", f"--config=configs/{config}", f"--workdir={workdir}", *flags],
         cwd=ROOT,

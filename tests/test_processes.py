@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rise_jax.processes import Stop, any_process, first_then_others, from_first, gathered, meet, settings
+from rise_jax.processes import Stop, any_process, check_agreed, first_then_others, from_first, gathered, meet, settings
 from rise_jax.sharding import make_mesh, put, shardings
 
 PLAIN = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
@@ -69,6 +69,7 @@ def test_alone_all_of_it_is_the_identity():
     assert from_first(True) and not any_process(False) and any_process(True)
     np.testing.assert_array_equal(from_first(rows), rows)
     np.testing.assert_array_equal(gathered(rows), rows)
+    check_agreed(["anything"], "it")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

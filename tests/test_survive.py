@@ -73,16 +73,15 @@ def test_two_processes_continue_what_one_began_and_losing_one_ends_the_other(lab
     np.testing.assert_allclose([line["loss"] for line in new], [losses[line["step"]] for line in new], rtol=1e-5)
 
 
-def test_two_processes_that_do_not_share_a_disk_end_and_say_so(lab):
-    """Process 1 finds no checkpoint where process 0 finds one: it says so and ends, and process 0 with it."""
+def test_two_processes_that_would_start_from_different_parameters_end_and_say_so(lab):
+    """Process 1 finds the run to start from where process 0 finds none, as on disks that are not shared."""
     run = lab.run("apart", processes=2, like=lab.undisturbed(1))
-    shutil.copytree(lab.undisturbed(1).workdir / "checkpoints" / "2", run.workdir / "checkpoints" / "2")
-    address, flags = f"127.0.0.1:{free_port()}", run.flags
+    address = f"127.0.0.1:{free_port()}"
     processes = [run.start(0, address)]
-    run.flags = [*flags, f"--workdir={run.workdir.with_name('elsewhere')}"]
+    run.flags = [*run.flags, f"--config.run.init_from={lab.undisturbed(1).workdir}"]
     processes.append(run.start(1, address))
     assert 0 not in wait(processes, HEARTBEAT + 60), run.said()
-    assert "elsewhere/checkpoints is another for this process than for process 0" in run.log(1).read_text()
+    assert "is another for this process than for process 0" in run.log(1).read_text(), run.said()
     assert not run.metrics()
 
 
