@@ -40,6 +40,7 @@ def test_paths():
 
 
 @pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.slow
 def test_shapes_and_null(kind):
     states, mask, _ = inputs(7, 3)
     context, context_mask = make(kind, registers=3)(states, mask)
@@ -74,6 +75,7 @@ def test_masked_tokens_change_nothing(kind, time_cond):
 
 
 @pytest.mark.parametrize(("kind", "time_cond"), EVERY)
+@pytest.mark.slow
 def test_batch_and_padding_change_nothing(kind, time_cond):
     adapter = make_noisy(kind, time_cond=time_cond)
     lengths = (3, 7)
@@ -85,6 +87,7 @@ def test_batch_and_padding_change_nothing(kind, time_cond):
 
 
 @pytest.mark.parametrize(("kind", "registers"), [("refiner", 4), ("refiner", 0), ("resampler", 0), ("mlp", 0)])
+@pytest.mark.slow
 def test_rows_without_a_token_stay_finite(kind, registers):
     adapter = make_noisy(kind, registers=registers)
     states, mask, _ = inputs(0, 3)
@@ -148,6 +151,7 @@ def test_time_starts_without_effect_on_norms_and_then_has_one(kind):
 
 
 @pytest.mark.parametrize(("kind", "time_cond"), EVERY)
+@pytest.mark.slow
 def test_gradient_reaches_every_leaf(kind, time_cond):
     adapter = make_noisy(kind, time_cond=time_cond)
     states, mask, t = inputs(7, 4)
@@ -165,6 +169,7 @@ def test_gradient_reaches_every_leaf(kind, time_cond):
     assert all(gradient[name] > 1e-5 * largest for name in gradient.keys() - silent), gradient
 
 
+@pytest.mark.slow
 def test_bf16_stays_close_and_keeps_fp32_parameters():
     states, mask, _ = inputs(7, 4)
     for kind in TRAINED:
@@ -193,6 +198,7 @@ def test_errors():
         make("refiner", time_cond="adaln")(states, mask)
 
 
+@pytest.mark.slow
 def test_calibration_standardises_the_states_it_was_given():
     """Channels of very unequal mean and spread reach the projection with mean 0 and variance 1; padding does not count."""
     rng = np.random.default_rng(0)

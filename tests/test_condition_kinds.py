@@ -58,6 +58,7 @@ def test_encoded_states_are_those_of_transformers_at_the_prompts_tokens(opens, l
     assert heard.texts == [None] * 3
 
 
+@pytest.mark.slow
 def test_rewrite_then_encode_reads_alone_what_rephrase_says(kinds):
     said, rewritten = (kinds[name].rephrase(PROMPTS) for name in ("rephrase", "rewrite_then_encode"))
     assert rewritten.tokens == said.tokens and rewritten.texts == said.texts and all(map(len, said.tokens))
@@ -68,6 +69,7 @@ def test_rewrite_then_encode_reads_alone_what_rephrase_says(kinds):
     assert np.abs(rewritten.states - said.states)[said.mask].max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_seed_draws_the_rewritten_text(kinds):
     drawn = [kinds[name].rephrase(PROMPTS, temperature=1.0, seeds=[3, 4, 5]) for name in ("rephrase", ALONE[1])]
     assert drawn[0].tokens == drawn[1].tokens != kinds["rephrase"].rephrase(PROMPTS).tokens

@@ -20,6 +20,7 @@ def language(tmp_path_factory):
     return Language(path=str(write_llm(tmp_path_factory.mktemp("llm"), ends=True)), **SETTINGS)
 
 
+@pytest.mark.slow
 def test_written_captions_give_training_the_states_of_use(language, tmp_path):
     """Teacher forcing on what the LLM wrote equals what decoding kept, prompt by prompt."""
     pairs = complete(TEXTS, language, tmp_path / "captions.jsonl")
@@ -39,6 +40,7 @@ def test_given_captions_are_kept_and_written_ones_are_read_back(language, tmp_pa
     assert len(before.splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_captions_written_before_a_run_ended_are_not_written_again(language, tmp_path, monkeypatch):
     """Two of three are kept when the LLM fails at the third; then only that one is asked for, and the file is as if nothing failed."""
     texts = [Text(prompt, None) for prompt in ("a red circle", "a green square", "a blue triangle")]
@@ -82,6 +84,7 @@ def test_states_are_kept_and_stale_ones_refused(language, tmp_path):
         cached_states(pairs[:2], language, file)
 
 
+@pytest.mark.slow
 def test_states_of_another_layer_are_other_states_and_are_never_mixed_up(language, tmp_path_factory, tmp_path):
     folder = str(write_llm(tmp_path_factory.mktemp("llm"), ends=True))
     first, same = Language(path=folder, layer=1, **SETTINGS), Language(path=folder, layer=-2, **SETTINGS)
@@ -105,6 +108,7 @@ def test_a_layer_that_the_llm_does_not_have_is_refused(tmp_path):
         Language(path=str(write_llm(tmp_path)), layer=3, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_text_has_the_same_states_in_any_company(language):
     """Batch, order and padded width change nothing."""
     texts = [Text(f"prompt {'x' * n}", "word " * m) for n, m in ((1, 1), (40, 4), (9, 2), (20, 3))]

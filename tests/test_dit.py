@@ -15,6 +15,7 @@ def tiny():
     return TINY, graph, random_params(abstract)
 
 
+@pytest.mark.slow
 def test_context_is_cut_or_padded_with_zeros_that_are_attended():
     config, graph, params = tiny()
     latents, t, context = make_inputs(context_length=8, **config)
@@ -70,6 +71,7 @@ def test_the_last_coordinates_grow_with_time_where_things_move_down_or_right():
     np.testing.assert_array_equal(right[:, 0], down[:, :, 0])
 
 
+@pytest.mark.slow
 def test_unroll_changes_no_gradient():
     config, graph, params = tiny()
     other_graph, _ = build(**config | {"unroll": True})
@@ -144,6 +146,7 @@ def test_rope_shares_the_pairs_out():
     np.testing.assert_array_equal(angles[0], 0)
 
 
+@pytest.mark.slow
 def test_starts_at_zero_output():
     inputs = make_inputs(context_length=3, **TINY)
 

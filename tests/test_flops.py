@@ -180,6 +180,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_a_step_counts_what_its_gradient_computes(stage):
     """Counted on the program that JAX's own gradient makes, where nothing is computed twice (no remat)."""
     plain, again = model(low_rank=2), model(low_rank=2, remat="blocks")

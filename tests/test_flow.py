@@ -91,6 +91,7 @@ def draws(key, step, index):
     return flow.draw_times(keys), flow.draw_noise(keys, (2, 3)), flow.draw_drops(keys, 0.5)
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_how_the_batch_is_packed():
     key, index = jax.random.key(7), np.array([5, 900, 3, 2**31 - 1, 12, 6], np.int32)
     whole = draws(key, 4, index)

@@ -12,6 +12,7 @@ from rise_jax.data.sources import BadClipError
 from rise_jax.video import write_png
 
 
+@pytest.mark.slow
 def test_a_window_is_drawn_from_the_clip_and_repeats_with_its_rng(tmp_path):
     write_clip(folder_of(tmp_path) / "0.mp4", count=20, fps=10)
     made = pickle.loads(pickle.dumps(source(tmp_path)))  # as a worker process gets it

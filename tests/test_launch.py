@@ -96,6 +96,7 @@ def test_the_jobset_is_one_indexed_job_with_a_pod_per_host():
     assert {volume["name"] for volume in pod["volumes"]} == {mount["name"]}
 
 
+@pytest.mark.slow
 def test_a_bucket_is_no_workdir():
     command = [sys.executable, "main.py", "--config=configs/stage1.py", "--workdir=gs://bucket/run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

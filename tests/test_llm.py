@@ -133,6 +133,7 @@ def test_reading_in_pieces_equals_reading_at_once():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.slow
 def test_padding_changes_nothing(side):
     model = random_model()
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 50, (1, 5)))
@@ -146,6 +147,7 @@ def test_padding_changes_nothing(side):
         np.testing.assert_allclose(padded[:, real], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_token_sees_a_later_one():
     model = random_model()
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 50, (1, 6)))

@@ -87,6 +87,7 @@ def decoded(loaded, layer, dtype=jnp.float32, **settings):
     ("family", "layer", "unroll"),
     [("llama", -2, False), ("qwen2", -1, False), ("qwen3", 0, False), ("gemma3", 2, True)],
 )
+@pytest.mark.slow
 def test_cached_decoding_equals_the_full_pass(folders, loaded, family, layer, unroll):
     """Step by step behind a shared prefix and left padding: the tokens of a greedy choice, and the states of any layer."""
     model, _ = folders(family)
@@ -100,6 +101,7 @@ def test_cached_decoding_equals_the_full_pass(folders, loaded, family, layer, un
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.slow
 def test_bf16_loads_and_decodes_the_states_of_teacher_forcing(tmp_path, family):
     model = families.tiny(family).to(torch.bfloat16)
     loaded = load_llm(llama.save(model, tmp_path), jnp.bfloat16)

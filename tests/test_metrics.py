@@ -41,6 +41,7 @@ def test_rules_are_right_on_at_least_99_percent_of_fresh_renders(frames, side, c
         assert share >= 0.99, (name, share)
 
 
+@pytest.mark.slow
 def test_rules_stand_blur_and_noise():
     rng = np.random.default_rng(0)
     scores = [score(spoil(video, 0.6, 15, rng), scene) for scene, video in fresh_clips(200, 9, 24, seed=1)]

@@ -45,6 +45,7 @@ def test_clipping_scales_the_whole_gradient_to_the_norm():
     assert (first, second) == (pytest.approx(0.1 * 0.3), pytest.approx(0.1 * 0.4))
 
 
+@pytest.mark.slow
 def test_only_kernels_and_embeddings_decay_also_when_stacked():
     stacked = {
         "blocks": {

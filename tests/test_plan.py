@@ -133,6 +133,7 @@ def test_the_mesh_shares_out_state_and_activations():
     assert one.total(scores=True) == sum(one.kept.values()) + one.phases[GRADIENT] + one.scores[GRADIENT]
 
 
+@pytest.mark.slow
 def test_caches_by_hand():
     """Keys and values of all tokens and layers: of the LLM per prompt and once for the instruction, of the DiT for prompt and null."""
     config = config_of("stage2", "wan_1_3b")

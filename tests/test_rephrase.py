@@ -50,6 +50,7 @@ def generate(model, row, **settings):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers(tiny):
     model, loaded = tiny
     out = decode(loaded, PROMPTS)
@@ -57,6 +58,7 @@ def test_greedy_tokens_equal_transformers(tiny):
     assert np.asarray(out.mask).all()
 
 
+@pytest.mark.slow
 def test_an_end_token_ends_its_row_only(tiny):
     model, loaded = tiny
     free = np.asarray(decode(loaded, PROMPTS).tokens)
@@ -71,6 +73,7 @@ def test_an_end_token_ends_its_row_only(tiny):
     assert np.asarray(out.mask).sum() < out.mask.size
 
 
+@pytest.mark.slow
 def test_repetition_penalty_counts_generated_tokens_only(tiny):
     model, loaded = tiny
     out = decode(loaded, PROMPTS, repetition_penalty=1.7)
@@ -93,6 +96,7 @@ def test_states_are_those_that_emit_the_tokens(tiny):
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "drawn"])
+@pytest.mark.slow
 def test_decoded_states_equal_teacher_forced_ones(tiny, settings):
     _, loaded = tiny
     keys = jax.random.split(jax.random.key(3), len(PROMPTS)) if settings else None
@@ -101,6 +105,7 @@ def test_decoded_states_equal_teacher_forced_ones(tiny, settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "drawn"])
+@pytest.mark.slow
 def test_batches_and_padding_change_nothing(tiny, settings):
     _, loaded = tiny
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(3)))(jnp.arange(len(PROMPTS)))
@@ -111,6 +116,7 @@ def test_batches_and_padding_change_nothing(tiny, settings):
     np.testing.assert_allclose(apart.states, together.states[jnp.array(order)], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_row_that_ended_does_not_depend_on_the_others(tiny):
     """Alone, its decoding stops reading at its end; beside longer rows, padding is read on."""
     _, loaded = tiny
@@ -121,6 +127,7 @@ def test_a_row_that_ended_does_not_depend_on_the_others(tiny):
     np.testing.assert_allclose(alone.states[0], together.states[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_unrolled_layers_give_the_same(tiny):
     _, loaded = tiny
     scanned, unrolled = (
@@ -138,6 +145,7 @@ def test_one_new_token(tiny):
     np.testing.assert_allclose(one.states, more.states[:, :1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_drawn_first_tokens_follow_the_softmax(tiny):
     model, loaded = tiny
     count, temperature = 4096, 2.0

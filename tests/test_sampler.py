@@ -28,6 +28,7 @@ def gaussian_error(stepper, steps, shift=1.0):
 
 @pytest.mark.parametrize("stepper", sampler.STEPPERS)
 @pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.slow
 def test_constant_field_is_exact_for_any_number_of_steps(stepper, steps):
     noise, field = jax.random.normal(jax.random.key(0), (2, 2, 2, 3, 3, 1))
     x_0 = sampler.sample(lambda x, t: field, noise, sampler.time_table(steps, 3.0), stepper)

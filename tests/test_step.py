@@ -110,6 +110,7 @@ def test_every_leaf_is_trained_and_only_those_chosen_move(model, params):
     assert tree_sha256(frozen) == tree_sha256(partition(params, pattern)[1])
 
 
+@pytest.mark.slow
 def test_zero_weight_clips_change_nothing(model, params):
     batch = make_batch()
     batch["weight"][[2, 5]] = 0
@@ -134,6 +135,7 @@ def test_a_sample_draws_the_same_noise_in_any_batch(model, params):
 PARTS = 4
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch_for_the_memory_of_one_part(plain, whole_batch):
     """Clips that could not be read are spread unevenly: the mean is over the weights of the whole batch, not of the parts'."""
     loss, gradients, memory = whole_batch
@@ -173,6 +175,7 @@ def of_batch(plain, parts):
     return *jax.tree.map(np.asarray, compiled(*arguments)), compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_padding_behind_the_tokens_changes_nothing(model, params):
     batch = make_batch()
     longer = dict(batch)

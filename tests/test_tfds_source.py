@@ -151,6 +151,7 @@ def test_features_of_another_kind(prepare, tmp_path, features, example, match):
         source(tmp_path)
 
 
+@pytest.mark.slow
 def test_does_not_import_tensorflow(prepare, tmp_path):
     prepare({"video": VIDEO, "prompt": TEXT}, {"train": [{"video": grays(4), "prompt": "p"}]})
     code = """

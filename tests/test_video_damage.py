@@ -85,6 +85,7 @@ def test_an_unwritable_folder_is_an_os_error_with_path_and_reason():
         write_video("/sys/rise_jax_test/a.mp4", flat([RED]), fps=8)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
     write_png(tmp_path / "a.png", QUARTERS)
     code = f"""

@@ -40,6 +40,7 @@ def small(tmp_path_factory):
         (EARLY, (1, 9, 8, 12)),
     ],
 )
+@pytest.mark.slow
 def test_latents_and_videos_are_those_of_diffusers(tmp_path, sizes, shape):
     model, pixels = wan_vae.reference(sizes), wan_vae.video(*shape)
     loaded = wan_vae.loaded(sizes, tmp_path)
@@ -75,6 +76,7 @@ def test_videos_are_cut_to_their_range(small):
 CLIP = (1, 11, 6, 8)  # 6 latent frames: 1, then 5, which chunks of 3 do not divide
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(small):
     _, vae, params = small
     pixels = wan_vae.video(*CLIP)
@@ -138,6 +140,7 @@ def test_parity_sees_a_fault(small, monkeypatch, place, name, fault):
     assert difference(jax.jit(vae.encode)(params, pixels), wan_vae.standardised(model, pixels)) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_frames():
     vae = WanVAE(wan_vae.config(SMALL))
     side, width = 32, SMALL["base_dim"] * 2
@@ -161,6 +164,7 @@ FRAME = (1, 3, 30, 38)  # 15 x 19 latent cells, which tiles of 4 x 4 do not divi
 TILE = 8
 
 
+@pytest.mark.slow
 def test_tiles_change_nothing(small):
     _, vae, params = small
     pixels = wan_vae.video(*FRAME)

@@ -89,6 +89,7 @@ def test_what_diffusers_saved_comes_back_to_diffusers(folder, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_one_file_of_either_layout_gives_the_same_parameters(folder, tmp_path):
     loaded = load_wan_vae(folder)
     original = {
