@@ -38,8 +38,8 @@ PROMPTS = "||".join(
         "a small yellow square moving right and a small blue triangle moving left, white background",
     )
 )
-STAGE1 = decayed(240) + ["--config.data.texts=128"]
-STAGE2 = decayed(280) + ["--config.data.texts=192", f"--config.run.init_from={OUT / 'stage1'}"]
+STAGE1 = decayed(220) + ["--config.data.texts=128"]
+STAGE2 = decayed(260) + ["--config.data.texts=192", f"--config.run.init_from={OUT / 'stage1'}"]
 GENERATE = ["--mode=generate", f"--config.sample.prompts={PROMPTS}"]
 EVALUATE = ["--mode=evaluate", "--config.sample.steps=10"]
 SCORED = ("colour", "direction", "shape", "all")
