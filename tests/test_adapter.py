@@ -31,6 +31,7 @@ def test_mlp_count_is_lavi_bridge():
     assert counted("mlp", d_llm=4096, d_ctx=768, **plain) == expected == 228_920_192  # 229 M
 
 
+@pytest.mark.slow
 def test_paths():
     names = set(named(make("refiner").params))
     block = {f"blocks/self_attn/{p}/{leaf}" for p in ("query", "key", "value", "out") for leaf in ("kernel", "bias")}
@@ -62,6 +63,7 @@ def test_one_row_of_sizes_serves_every_kind(kind):
 
 
 @pytest.mark.parametrize(("kind", "time_cond"), EVERY)
+@pytest.mark.slow
 def test_masked_tokens_change_nothing(kind, time_cond):
     adapter = make_noisy(kind, time_cond=time_cond)
     states, mask, t = inputs(7, 4, 1)
@@ -101,6 +103,7 @@ def test_rows_without_a_token_stay_finite(kind, registers):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_bidirectional_and_per_token():
     states, mask, _ = inputs(5, pad_to=5)
     changed = states.at[:, 4].add(30.0)

@@ -107,6 +107,7 @@ def test_ulysses_runs_splash_on_tpus_and_the_ring_does_not():
             tpu_kernels(call("splash", "ring"), *arrays, mask)
 
 
+@pytest.mark.slow
 def test_a_kernel_on_a_mesh_gives_every_device_its_samples_heads_and_queries(monkeypatch):
     monkeypatch.setattr(attention_module, "splash", partial(splash, interpret=True))
     *arrays, mask = inputs(2, 4, 20, 4, 2, 8)
@@ -199,6 +200,7 @@ def test_heads_that_divide_go_by_ulysses_others_round_the_ring():
     assert communication("auto", 6) == communication("ring", 4) == (False, True)
 
 
+@pytest.mark.slow
 def test_the_ring_passes_over_devices_without_visible_keys():
     """All keys of one device masked; and a sample that sees nothing at all, which gets zeros and finite gradients."""
     *arrays, mask = inputs(2, 16, 16, 2, 2, 8)

@@ -95,6 +95,7 @@ def test_training_has_the_states_of_use(kinds, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALONE)
+@pytest.mark.slow
 def test_company_and_padding_change_nothing(kinds, name):
     """More texts than a batch, of mixed lengths, in another order; and whatever ids stand behind the mask, in the step."""
     kind, rng = kinds[name], np.random.default_rng(0)

@@ -37,6 +37,7 @@ def test_context_is_cut_or_padded_with_zeros_that_are_attended():
     assert relative(without_padding(params), short) > 1e-3
 
 
+@pytest.mark.slow
 def test_keys_and_values_computed_once_serve_every_time():
     config, graph, params = tiny()
     latents, _, context = make_inputs(context_length=3, **config)
@@ -46,6 +47,7 @@ def test_keys_and_values_computed_once_serve_every_time():
         np.testing.assert_allclose(call(params, latents, t, kv), forward(graph, params, latents, t, context), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_do_not_see_each_other():
     config, graph, params = tiny()
     latents, t, context = make_inputs(context_length=3, **config)

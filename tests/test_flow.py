@@ -101,6 +101,7 @@ def test_draws_do_not_depend_on_how_the_batch_is_packed():
         np.testing.assert_array_equal(one[order], np.concatenate(pieces))
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_the_mesh():
     key, index = jax.random.key(7), jnp.arange(100, 116)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -97,6 +97,7 @@ def attention_by_loops(query, key, value, mask):
     return out
 
 
+@pytest.mark.slow
 def test_attention_equals_its_definition_and_does_not_mind_how_keys_are_cut():
     query, key, value = random(2, 3, 4, 8), random(2, 2, 7, 8, seed=1), random(2, 2, 7, 8, seed=2)
     mask = np.random.default_rng(3).random((2, 3, 7)) < 0.6

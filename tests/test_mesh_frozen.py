@@ -35,6 +35,7 @@ def native(tmp_path_factory):
     return model
 
 
+@pytest.mark.slow
 def test_the_native_encoder_says_the_same_and_no_device_holds_it_whole(native):
     alone, spread = language_from(native), language_from(native, mesh=make_mesh(*MESH))
     assert shares(alone.params) == 1 and shares(spread.params) < 0.5
@@ -45,6 +46,7 @@ def test_the_native_encoder_says_the_same_and_no_device_holds_it_whole(native):
     np.testing.assert_array_equal(found[1], expected[1])
 
 
+@pytest.mark.slow
 def test_the_native_null_is_the_same_from_a_spread_encoder(native):
     mesh = make_mesh(*MESH)
     with jax.set_mesh(mesh):

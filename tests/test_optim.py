@@ -25,6 +25,7 @@ def test_decay_is_linear_between_its_steps_and_ends_at_one_percent():
     assert [round(float(schedule(step)), 4) for step in (0, 10, 15, 20, 999)] == [1.0, 1.0, 0.505, 0.01, 0.01]
 
 
+@pytest.mark.slow
 def test_first_adam_step_by_hand():
     """After one step the bias-corrected moments are g and g^2, so the update is -rate * (sign(g) + decay * w)."""
     params = {"kernel": jnp.full((1, 2), 10.0), "bias": jnp.full((2,), 10.0)}
@@ -92,6 +93,7 @@ def test_muon_makes_the_updates_of_block_kernels_orthogonal_layer_by_layer():
     assert before.max() / before.min() > 10
 
 
+@pytest.mark.slow
 def test_muon_leaves_what_is_no_block_kernel_to_adam():
     params = {
         "dit": {

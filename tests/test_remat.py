@@ -55,6 +55,7 @@ def test_memory_falls_in_the_order_of_the_names():
     assert sizes[3] <= sizes[2]
 
 
+@pytest.mark.slow
 def test_offload_moves_one_value_out_and_one_back_on_an_accelerator():
     """Lowered for CUDA, which this machine does not have: the input of a block, in the scan of each direction."""
     sent = re.findall(r'_xla_buffer_placement = "(\w+)"}} : \(tensor<([^>]*)>', lowered_for_cuda("offload"))

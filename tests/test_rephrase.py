@@ -138,6 +138,7 @@ def test_unrolled_layers_give_the_same(tiny):
     np.testing.assert_allclose(unrolled.states, scanned.states, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_new_token(tiny):
     _, loaded = tiny
     one, more = decode(loaded, PROMPTS, max_new=1), decode(loaded, PROMPTS)

@@ -57,6 +57,7 @@ def test_gaussian_converges_to_the_closed_form(stepper, shift, limit):
 
 
 @pytest.mark.parametrize(("stepper", "order"), [("euler", 1), ("heun", 2), ("unipc", 2)])
+@pytest.mark.slow
 def test_order_of_convergence(stepper, order):
     errors = np.array([gaussian_error(stepper, steps) for steps in (32, 64, 128)])
     np.testing.assert_allclose(np.log2(errors[:-1] / errors[1:]), order, atol=0.2)

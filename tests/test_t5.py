@@ -143,6 +143,7 @@ def test_buckets_of_the_published_models_by_hand():
     assert distance_buckets(300, 32, 128)[299, 299 - 16] == 10
 
 
+@pytest.mark.slow
 def test_padding_is_zero_and_changes_nothing(folders):
     loaded = load_t5(folders["umt5"])
     padded = encode(loaded, IDS, MASK)

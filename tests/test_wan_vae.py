@@ -57,6 +57,7 @@ def test_latents_and_videos_are_those_of_diffusers(tmp_path, sizes, shape):
     assert difference(video, expected) <= TOLERANCE and expected.std() > 0.1 and np.mean(np.abs(expected) == 1) < 0.1
 
 
+@pytest.mark.slow
 def test_videos_are_cut_to_their_range(small):
     """With a last layer ten times as large: the norm before it would undo larger latents."""
     vae = small[1]
@@ -133,6 +134,7 @@ def above(conv, x):
     ],
     ids=["frames before the chunk dropped", "zeros on both sides in time", "zeros above instead of below"],
 )
+@pytest.mark.slow
 def test_parity_sees_a_fault(small, monkeypatch, place, name, fault):
     model, vae, params = small
     monkeypatch.setattr(place, name, fault)
@@ -185,6 +187,7 @@ class Blind(WanVAEConfig):
         return 0
 
 
+@pytest.mark.slow
 def test_tiles_without_what_surrounds_them_are_noticed(small):
     _, vae, params = small
     blind, pixels = WanVAE(Blind(**vars(vae.config))), wan_vae.video(*FRAME)
@@ -195,6 +198,7 @@ def test_tiles_without_what_surrounds_them_are_noticed(small):
 
 
 @pytest.mark.parametrize("sizes", [SMALL, EARLY])
+@pytest.mark.slow
 def test_halos_are_as_far_as_the_layers_see(tmp_path, sizes):
     """The gradient of one cell in the middle reaches `halo` cells to the side, and no further."""
     loaded = wan_vae.loaded(sizes, tmp_path)

@@ -124,6 +124,7 @@ def test_gguf_and_folder_give_the_same_parameters(tmp_path, tied):
     assert from_gguf.config.rope_base == from_folder.config.rope_base
 
 
+@pytest.mark.slow
 def test_quantised_gguf_is_near_the_original(tmp_path):
     model = llama.tiny(hidden_size=64, head_dim=16, intermediate_size=96)
     exact = load_llm(write_gguf(tmp_path / "f32.gguf", model))

@@ -174,6 +174,7 @@ def test_sizes_of_a_config_that_says_little(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "coordinates"), [(5_000_000_000, False), (20_000, True)], ids=["one file", "sharded, coordinates"]
 )
+@pytest.mark.slow
 def test_what_is_saved_loads_in_diffusers_and_gives_the_same_output(limit, coordinates, tmp_path):
     config = TINY | dict(coordinates=coordinates)
     graph, abstract = wan.build(**config)
@@ -210,6 +211,7 @@ def test_leaves_come_back_in_the_dtypes_they_were_saved_in(tmp_path):
     assert bits(load_wan(tmp_path, dtype=None).params) == bits(params)
 
 
+@pytest.mark.slow
 def test_low_rank_corrections_are_merged_into_their_kernels(tmp_path):
     """The same output without them, from diffusers too; kernels without a correction stay as they are."""
     graph, abstract = wan.build(**TINY | dict(low_rank=3))
