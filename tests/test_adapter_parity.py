@@ -60,6 +60,7 @@ def test_refiner_agrees_with_torch_encoder_layers():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_ella_options_agree_with_torch_attention_and_diffusers_time_embedding():
     width, latents = 16, 5
     options = ELLA | dict(width=width, depth=2, heads=2, latents=latents)

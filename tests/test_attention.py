@@ -59,6 +59,7 @@ def reference(query, key, value, mask):
     return attention(query, key, value, spread(mask))
 
 
+@pytest.mark.slow
 def test_the_reference_is_attention():
     *arrays, mask = inputs(2, 5, 7, 4, 2, 8)
     for kept in (None, mask):

@@ -144,6 +144,7 @@ def test_identities_say_the_condition(kinds, folder, tmp_path):
     assert open_text("encode", path=str(folder), instruction="", **settings).identity == encoded | {"layer": 1}
 
 
+@pytest.mark.slow
 def test_captions_and_states_of_another_condition_are_refused(kinds, tmp_path):
     pairs = complete(TEXTS, kinds["rephrase"], tmp_path / "captions.jsonl")
     with pytest.raises(ValueError, match="for another condition or length; align, condition differ: remove it"):
@@ -157,6 +158,7 @@ def test_captions_and_states_of_another_condition_are_refused(kinds, tmp_path):
 # ---- native ----
 
 
+@pytest.mark.slow
 def test_native_states_are_the_encoders_in_training_and_in_use(tmp_path):
     """Of transformers' model, end token included, whatever stands beside a text; a run of it goes without an adapter."""
     folder = write_umt5(tmp_path / "t5", width=16)

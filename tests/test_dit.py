@@ -85,6 +85,7 @@ def test_unroll_changes_no_gradient():
     assert max(jax.tree.leaves(jax.tree.map(relative, *gradients))) < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_leaves_the_islands_of_wan_in_float32():
     """diffusers keeps time embedder, modulation, norms and rotation in fp32 (`_keep_in_fp32_modules`); softmax is ours to keep."""
     config, _, params = tiny()

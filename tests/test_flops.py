@@ -148,6 +148,7 @@ def batch(frames=5):
     )
 
 
+@pytest.mark.slow
 def test_the_dit_by_the_published_formula():
     """Wan's blocks, by hand: 8 S D^2 + 4 S^2 D + 4 S D M + 4 S D^2 + 4 L D^2 + 4 S L D each, and what stands around them."""
     channels, d_ctx, frequencies = 12, 16, 256

@@ -128,6 +128,7 @@ def test_drawn_times_are_shifted():
     np.testing.assert_array_equal(shifted, flow.shift_time(plain, 3.0))
 
 
+@pytest.mark.slow
 def test_draws_follow_their_distributions_independently():
     count = 20_000
     keys = flow.sample_keys(jax.random.key(3), 0, jnp.arange(count))

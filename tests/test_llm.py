@@ -25,6 +25,7 @@ def random(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+@pytest.mark.slow
 def test_smollm2_agrees_with_the_reference_in_every_layer():
     reference = np.load(REFERENCE)
     states, logits = llama.run(llama.smollm2(), reference["input_ids"][None])

@@ -37,6 +37,7 @@ def loaded(folders):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_states_of_every_layer_and_logits_equal_transformers(folders, loaded, family):
     model, _ = folders(family)
     read = families.reader(loaded(family))
@@ -117,6 +118,7 @@ def cosine(a, b):
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
+@pytest.mark.slow
 def test_embeddings_are_scaled_in_the_dtype_of_the_weights(tmp_path):
     """In bf16 the root of the width is rounded before it multiplies: exactly as in transformers."""
     model = families.tiny("gemma3", hidden_size=3072 // 64 * 3, num_hidden_layers=1, layer_types=["full_attention"])

@@ -249,6 +249,7 @@ def test_an_error_that_is_no_bad_clip_is_not_swallowed(load):
 # Real files, read by several threads
 
 
+@pytest.mark.slow
 def test_a_folder_with_damaged_files(load, tmp_path):
     rng = np.random.default_rng(0)
     rows = []

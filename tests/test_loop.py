@@ -72,6 +72,7 @@ def test_no_batch_is_asked_for_beyond_the_last_step_and_a_save_waits_for_its_own
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == [4, 5]
 
 
+@pytest.mark.slow
 def test_a_trace_holds_whole_steps(tmp_path):
     _, events = run(tmp_path, 4, profile="1:3")
     assert events.index("fetch 0") < events.index("step 1") and events.index("fetch 2") < events.index("step 3")

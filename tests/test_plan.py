@@ -186,6 +186,7 @@ def test_an_unknown_llm_is_named_with_its_nearest():
 
 
 @pytest.mark.parametrize("condition", ["rephrase", "encode", "rewrite_then_encode"])
+@pytest.mark.slow
 def test_the_batch_is_the_one_training_has(condition, tmp_path):
     """Rows, dtypes and widths of a real LLM's, which lies in a folder."""
     folder = write_llm(tmp_path / "llm")

@@ -83,6 +83,7 @@ def test_repetition_penalty_counts_generated_tokens_only(tiny):
     assert not np.array_equal(out.tokens, decode(loaded, PROMPTS).tokens)
 
 
+@pytest.mark.slow
 def test_states_are_those_that_emit_the_tokens(tiny):
     """transformers' last hidden state at position P - 1 + i is the state of token i."""
     model, loaded = tiny

@@ -106,6 +106,7 @@ def two_conditions(x, t):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.5])
+@pytest.mark.slow
 def test_guidance(scale):
     x, t = jax.random.normal(jax.random.key(0), (3, 5)), jnp.array([0.1, 0.5, 0.9])
     conditional, null = jnp.sin(3 * x) + t[:, None], jnp.sin(7 * x) + t[:, None]
@@ -121,6 +122,7 @@ def test_guidance_of_scale_one_is_the_conditional_output_bit_for_bit():
     np.testing.assert_array_equal(traced, jax.jit(two_conditions)(jnp.concatenate([x, x]), jnp.concatenate([t, t]))[:3])
 
 
+@pytest.mark.slow
 def test_initial_noise_depends_on_key_and_video_only():
     key, index = jax.random.key(5), jnp.array([4, 0, 17, 3])
     noise = sampler.initial_noise(key, index, (2, 3, 3, 1))

@@ -86,6 +86,7 @@ def test_each_device_holds_its_share_of_the_batch_and_of_the_parameters():
 
 
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(fsdp=8, data=1), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.slow
 def test_loss_and_gradients_are_the_same_on_every_mesh(sizes):
     keys = jax.random.split(jax.random.key(0), 4)
     params = {

@@ -6,6 +6,7 @@ from rise_jax.models.vae import Pixels
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9])
+@pytest.mark.slow
 def test_decoding_gives_back_what_was_encoded(frames):
     video = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, frames, 4, 6, 3)), jnp.float32)
     latents = Pixels().encode({}, video)

@@ -90,6 +90,7 @@ def write_gguf(path: Path, model, quantise=None, drop=(), extra=None, architectu
 
 @pytest.mark.parametrize("shard", ["1GB", "60KB"], ids=["one file", "sharded"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.slow
 def test_a_folder_saved_by_transformers_gives_its_states_and_logits(tmp_path, shard, tied):
     model = llama.tiny(tied)
     llama.save(model, tmp_path, shard=shard)

@@ -142,6 +142,7 @@ def test_every_published_key_is_mapped_both_ways(headline, tmp_path):
     assert {renamed[name]: place for name, place in original.items()} == table
 
 
+@pytest.mark.slow
 def test_the_original_layout_gives_the_same_parameters(folder, tmp_path):
     theirs = read_tensors(folder)
     abstract = abstract_wan(sizes_of(TINY))
@@ -192,6 +193,7 @@ def test_what_is_saved_loads_in_diffusers_and_gives_the_same_output(limit, coord
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_round_trip_keeps_every_bit(dtype, tmp_path):
     config = TINY | dict(coordinates=True)
     params = wan.random_params(abstract_wan(sizes_of(config), dtype))
