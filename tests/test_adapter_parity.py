@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import torch
 from adapters import D_CTX, D_LLM, WIDTH, inputs, make_noisy
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
