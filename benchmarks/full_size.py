@@ -88,7 +88,7 @@ def time_video(config: ConfigDict, mesh) -> None:
         function = partial(make_videos, model, shape=shape, stepper=sample.stepper)
         arguments = *trees, *rows, times, sample.guidance
         compiled, seconds = compiled_in(jax.jit(function), *arguments)
-        took = median(lambda: jax.block_until_ready(compiled(*arguments)))  # noqa: B023
+        took = median(lambda run=compiled, given=arguments: jax.block_until_ready(run(*given)))
         report(f"{steps} steps and decoding, {name}", compiled, seconds, took, count_flops(function, *arguments))
 
 
