@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from tiny import tiny_flags, write_llm
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 8, 2
-BATCH = 64  # of 384 clips: an epoch ends after step 6
+TEXTS, BATCH = 3, 32  # of 192 clips: an epoch ends after step 6
 DEVICES = 4  # of a run, over its processes
 HEARTBEAT = 20  # seconds
 PATIENCE = 300  # seconds until something that should happen counts as a hang
@@ -140,7 +140,12 @@ class Lab:
         workdir = self.folder / name
         start = [f"--config.run.init_from={self.undisturbed(1).workdir if stage == 2 else ''}"]
         sizes = dict(
-            run__steps=STEPS, run__save_every=SAVE_EVERY, run__batch_size=BATCH, run__accumulate=2, run__keep=9
+            data__texts=TEXTS,
+            run__batch_size=BATCH,
+            run__accumulate=2,
+            run__steps=STEPS,
+            run__save_every=SAVE_EVERY,
+            run__keep=9,
         )
         flags = [
             *tiny_flags(stage, self.llm, **sizes),
@@ -177,7 +182,7 @@ class Lab:
 
 def kill_any_time(lab: Lab, run: Run, rng: random.Random) -> None:
     """kill -9 after some step, or, one time in five, before the first."""
-    steps = 0 if rng.random() < 0.2 else rng.randrange(1, STEPS)
+    steps = 0 if rng.random() < 0.2 else rng.randrange(len(run.metrics()) + 1, STEPS)
     processes = run.start_all()
     until(lambda: len(run.metrics()) >= steps, processes)
     time.sleep(rng.uniform(0, 0.2 if steps else 10))
@@ -245,10 +250,11 @@ ALONE = (kill_any_time, kill_while_saving, stop, cut_newest, fill_disk)
 AMONG_TWO = (kill_any_time, stop, lose_one)
 
 
-def survive(lab: Lab, name: str, fault: Callable, stage: int, processes: int, rng: random.Random) -> None:
-    """The fault, then the same command."""
+def survive(lab: Lab, name: str, faults: Sequence[Callable], stage: int, processes: int, rng: random.Random) -> None:
+    """One fault after the other, then the same command."""
     run = lab.disturbed(name, stage, processes)
-    fault(lab, run, rng)
+    for fault in faults:
+        fault(lab, run, rng)
     lab.same_end(run)
 
 
@@ -264,7 +270,7 @@ def main(count: int = 20, seed: int = 0) -> int:
             stage = 1 + number // 2 % 2
             what = f"{number + 1}: {fault.__name__}, stage {stage}, {processes} process(es)"
             try:
-                survive(lab, f"run-{number}", fault, stage, processes, rng)
+                survive(lab, f"run-{number}", [fault], stage, processes, rng)
             except Exception:
                 print(f"{what}: NOT survived\n{traceback.format_exc()}", flush=True)
             else:

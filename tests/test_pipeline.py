@@ -8,6 +8,8 @@ import pytest
 from tiny import tiny_config, write_llm
 
 from rise_jax import Pipeline
+from rise_jax.build import model_from
+from rise_jax.language import states_in_batch
 from rise_jax.sampler import initial_noise
 from rise_jax.sharding import make_mesh
 from rise_jax.train import train
@@ -18,13 +20,12 @@ pytestmark = pytest.mark.slow
 PROMPTS = ["a red circle", "ein blaues Quadrat nach oben", "3"]
 
 
-@pytest.fixture(scope="module", params=["off", "adaln"])
-def pipe(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(
         2,
         write_llm(folder / "llm"),
-        model__adapter__time_cond=request.param,
         data__frames=5,
         sample__frames=5,
         sample__batch_size=2,
@@ -37,12 +38,27 @@ def pipe(request, tmp_path_factory):
     return Pipeline.from_run(folder / "run")
 
 
+def louder(pipe, model, params):
+    """With noise on every parameter: after two steps of training little moves a pixel."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), params)
+    return Pipeline(model, params, pipe.vae, pipe.language, pipe.config)
+
+
 @pytest.fixture(scope="module")
 def loud(pipe):
-    """The same with noise on every parameter: after two steps of training little moves a pixel."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), pipe.params)
-    return Pipeline(pipe.model, params, pipe.vae, pipe.language, pipe.config)
+    return louder(pipe, pipe.model, pipe.params)
+
+
+@pytest.fixture(scope="module", params=["off", "adaln"])
+def either(request, pipe):
+    """Without and with an adapter that knows the time, whose output is another one at every step."""
+    if request.param == "off":
+        return request.getfixturevalue("loud")
+    config = pipe.config.model.copy_and_resolve_references()
+    config.adapter.time_cond = "adaln"
+    model = model_from(config, pipe.language.width, states_in_batch)
+    return louder(pipe, model, jax.jit(model.init)(jax.random.key(0)))
 
 
 @contextmanager
@@ -84,31 +100,30 @@ def rows(heard, order):
     return heard._replace(states=heard.states[order], mask=heard.mask[order])
 
 
-def test_a_video_depends_on_its_own_states_and_seed_alone(loud):
+def test_a_video_depends_on_its_own_states_and_seed_alone(either):
     """Not on its place, nor on what else is made: rows and seeds in another order, other rows poisoned, other batch sizes."""
-    heard, seeds = loud.language.rephrase(PROMPTS), np.array([7, 1, 4])
+    heard, seeds = either.language.rephrase(PROMPTS), np.array([7, 1, 4])
     heard = heard._replace(mask=np.arange(heard.mask.shape[1]) < np.array([160, 9, 60])[:, None])
-    videos = loud.render(heard, seeds)
+    videos = either.render(heard, seeds)
     order = np.array([2, 0, 1])
-    assert distance(loud.render(rows(heard, order), seeds[order]), videos[order]) <= 1
+    assert distance(either.render(rows(heard, order), seeds[order]), videos[order]) <= 1
     poisoned = heard._replace(states=np.where(np.arange(3)[:, None, None] == 0, np.nan, heard.states))
-    assert distance(loud.render(poisoned, seeds)[1:], videos[1:]) <= 1
+    assert distance(either.render(poisoned, seeds)[1:], videos[1:]) <= 1
     for size in (1, 3):
-        with changed(loud.config.sample, batch_size=size):
-            assert distance(loud.render(heard, seeds), videos) <= 1
-    for other in (loud.render(heard, seeds + 1), loud.render(rows(heard, order), seeds)):
+        with changed(either.config.sample, batch_size=size):
+            assert distance(either.render(heard, seeds), videos) <= 1
+    for other in (either.render(heard, seeds + 1), either.render(rows(heard, order), seeds)):
         assert all(distance(a, b) > 20 for a, b in zip(other, videos))
 
 
-def test_a_mesh_makes_the_same_videos(loud):
+def test_a_mesh_makes_the_same_videos(either):
     """Parameters, videos and the tokens of each spread over all eight devices; three videos, which do not divide over two."""
     mesh = make_mesh(1, 2, 2, 2)
-    spread = Pipeline(loud.model, loud.params, loud.vae, loud.language, loud.config, mesh)
-    heard = loud.language.rephrase(PROMPTS)
-    assert distance(spread.render(heard, [7, 1, 4]), loud.render(heard, [7, 1, 4])) <= 1
+    spread = Pipeline(either.model, either.params, either.vae, either.language, either.config, mesh)
+    heard = either.language.rephrase(PROMPTS)
+    assert distance(spread.render(heard, [7, 1, 4]), either.render(heard, [7, 1, 4])) <= 1
 
 
-@pytest.mark.parametrize("pipe", ["off"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "value"),
     [("steps", 3), ("guidance", 1.5), ("stepper", "heun"), ("frames", 1), ("height", 32), ("width", 8)],
@@ -123,7 +138,6 @@ def test_settings_that_are_not_given_are_those_of_the_run(loud, name, value):
     np.testing.assert_array_equal(loud(prompt, **{name: loud.config.sample[name]}).videos, usual)
 
 
-@pytest.mark.parametrize("pipe", ["off"], indirect=True)
 def test_the_rephrasing_is_drawn_with_the_seed_of_the_video(pipe):
     """At the run's own temperature, unless another is given."""
     greedy = pipe(PROMPTS[:1], seed=5).rephrased
@@ -136,12 +150,11 @@ def test_the_rephrasing_is_drawn_with_the_seed_of_the_video(pipe):
     assert len({*drawn, *greedy}) == 3
 
 
-def test_guidance_0_leaves_the_prompt_out(loud):
-    videos = loud.render(loud.language.rephrase(PROMPTS[:2]), [3, 3], guidance=0.0)
-    assert distance(videos[0], videos[1]) <= 1 < distance(videos[0], loud(PROMPTS[0], seed=3).videos[0])
+def test_guidance_0_leaves_the_prompt_out(either):
+    videos = either.render(either.language.rephrase(PROMPTS[:2]), [3, 3], guidance=0.0)
+    assert distance(videos[0], videos[1]) <= 1 < distance(videos[0], either(PROMPTS[0], seed=3).videos[0])
 
 
-@pytest.mark.parametrize("pipe", ["off"], indirect=True)
 def test_one_step_from_noise_is_what_the_network_predicts(loud):
     """x_0 itself, for a network that predicts data, whatever made the step; with guidance, v_null + scale (v_cond - v_null)."""
     model, params = loud.model, loud.params

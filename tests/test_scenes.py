@@ -6,6 +6,8 @@ from itertools import product
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+from sklearn.datasets import load_digits
 
 from rise_jax.data.attributes import (
     BACKGROUNDS,
@@ -157,9 +159,13 @@ def test_two_things_never_touch_and_nothing_leaves_the_frame():
             assert np.ptp((video[..., 0] > 120).sum((1, 2))) <= 14  # the area stays, so the edge cuts nothing off
 
 
-def test_digits_are_real_and_varied():
+def test_digits_are_scikit_learns_and_varied():
+    images, labels = load_digits(return_X_y=True)
     for digit in DIGITS:
+        own = images[labels == int(digit)].reshape(-1, 8, 8)
         assert len(glyphs()[digit]) == GLYPHS_PER_DIGIT
+        for glyph in glyphs()[digit]:
+            assert (sliding_window_view(own, glyph.shape, (1, 2)) == 16 * glyph).all((-2, -1)).any()
     drawings = [coverage("5", 12, [12], [12], 24, 24, i) for i in range(GLYPHS_PER_DIGIT)]
     assert len({drawing.tobytes() for drawing in drawings}) == GLYPHS_PER_DIGIT
 

@@ -61,16 +61,25 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return unzeroed(model.init(jax.random.key(0)))
+    return unzeroed(jax.jit(model.init)(jax.random.key(0)))
 
 
-def run(model, params, batch, patterns=(".",), optimizer=None, steps=1, key=0):
-    optimizer = optimizer or optax.sgd(0.1)
+STEPS = {}  # id of a model: that model, an optimizer and their step, jitted once for all tests
+
+
+def sgd_step(model):
+    if id(model) not in STEPS:
+        optimizer = optax.sgd(0.1)
+        STEPS[id(model)] = model, optimizer, jax.jit(make_train_step(model, optimizer, **RATES))
+    return STEPS[id(model)][1:]
+
+
+def run(model, params, batch, patterns=(".",), steps=1):
+    optimizer, step = sgd_step(model)
     trainable, frozen = partition(params, list(patterns))
-    step = jax.jit(make_train_step(model, optimizer, **RATES))
     state, metrics = new_state(trainable, optimizer), None
     for i in range(steps):
-        state, metrics = step(state, {"params": frozen, "vae": {}}, batch | {"step": np.int32(i)}, jax.random.key(key))
+        state, metrics = step(state, {"params": frozen, "vae": {}}, batch | {"step": np.int32(i)}, jax.random.key(0))
     return state, metrics, frozen
 
 
@@ -184,12 +193,17 @@ def test_padding_behind_the_tokens_changes_nothing(model, params):
     np.testing.assert_allclose(run(model, params, batch)[1]["loss"], run(model, params, longer)[1]["loss"], rtol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def adam_step(model):
+    optimizer = optax.adam(1e-2)
+    return optimizer, jax.jit(make_train_step(model, optimizer, **RATES))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("poison", ["states", "loss_overflow"])
-def test_a_non_finite_step_changes_nothing_and_blocks_the_next(model, params, poison):
-    optimizer = optax.adam(1e-2)
+def test_a_non_finite_step_changes_nothing_and_blocks_the_next(params, adam_step, poison):
+    optimizer, step = adam_step
     state = new_state(params, optimizer)
-    step = jax.jit(make_train_step(model, optimizer, **RATES))
     before = tree_sha256(state)
     bad = make_batch(step=0)
     bad["states"][1] = np.nan if poison == "states" else 0
@@ -208,7 +222,8 @@ def test_every_adapter_kind_trains(kind, time_cond):
     sizes = dict(SIZES["adapter"], kind=kind, time_cond=time_cond) | (dict(latents=4) if kind == "resampler" else {})
     sizes = {k: v for k, v in sizes.items() if kind != "mlp" or k not in ("depth", "heads")}
     model = make(adapter=sizes)
-    _, metrics, _ = run(model, unzeroed(model.init(jax.random.key(0))), make_batch())
+    blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), model.abstract)
+    _, metrics, _ = run(model, unzeroed(blank), make_batch())
     assert metrics["finite"] and metrics["grad_norm"] > 0
 
 
@@ -264,9 +279,9 @@ def test_it_learns_64_samples_and_uses_the_condition(model):
     batch["states"] = np.broadcast_to(np.random.default_rng(6).normal(size=(64, 1, D_LLM)), (64, TOKENS, D_LLM)).astype(
         np.float32
     )
-    state = new_state(model.init(jax.random.key(0)), optimizer)
+    state = new_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
     step = jax.jit(make_train_step(model, optimizer, drop=0.1, time_mean=1.0, time_std=1.0, ema=0.9))
-    for i in range(400):
+    for i in range(100):
         state, _ = step(state, {"params": {}, "vae": {}}, batch | {"step": np.int32(i)}, jax.random.key(0))
     evaluate = jax.jit(make_eval_step(model), static_argnums=3)
     losses = lambda states: float(

@@ -1,9 +1,10 @@
 """Renders a scene as a clip: anti-aliased shapes and real handwritten digits, at sub-pixel positions, in numpy."""
 
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from rise_jax.data.attributes import BACKGROUNDS, COLOURS, DIGITS, DIRECTIONS, SIZES, STILL, Scene
 
@@ -13,13 +14,19 @@ GLYPHS_PER_DIGIT = 24
 @cache
 def glyphs() -> dict[str, list[np.ndarray]]:
     """Per digit the most typical handwritten examples (nearest to the class mean), cropped, values in [0, 1]."""
-    images, labels = load_digits(return_X_y=True)
+    rows = _table()
+    images, labels = rows[:, :-1], rows[:, -1]
     chosen = {}
     for digit in DIGITS:
         own = images[labels == int(digit)]
         order = np.argsort(((own - own.mean(0)) ** 2).sum(1), kind="stable")[:GLYPHS_PER_DIGIT]
         chosen[digit] = [_crop(own[i].reshape(8, 8) / 16) for i in order]
     return chosen
+
+
+def _table():
+    """The rows of scikit-learn's digits: 64 values in 0..16 and the label. Its import, two seconds of every start, is not needed."""
+    return np.loadtxt(Path(find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
 
 
 def _crop(image):
