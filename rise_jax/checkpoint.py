@@ -27,6 +27,12 @@ from rise_jax.trees import named_leaves
 
 LOG = logging.getLogger(__name__)
 DIGEST = "digest.json"
+SLICE = 2**24  # bytes that a replica writes at least, where replicas share the writing of an array
+# Orbax would cut arrays of any size into as many slices as there are replicas, each by a program compiled for its shape: seconds in
+# the first save of every start, with the steps waiting.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE), override=True
+)
 
 
 class Checkpoints:

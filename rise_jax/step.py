@@ -117,8 +117,8 @@ def make_eval_step(model: Model) -> Callable:
         noise = flow.draw_noise(keys, model.latent_shape(batch["video"].shape[1:4]))
         size = batch["index"].shape[0]
         keep = jnp.zeros(size, bool)
-        losses = [sample_losses(model, params, frozen, batch, jnp.full(size, t), noise, keep) for t in times]
-        return jnp.stack(losses, axis=1)
+        at = lambda t: sample_losses(model, params, frozen, batch, jnp.full(size, t), noise, keep)
+        return jax.lax.map(at, jnp.asarray(times, jnp.float32)).T
 
     return eval_step
 
