@@ -1,7 +1,8 @@
 """The paper's own setting at the size of a test: a backbone of someone else's, frozen, and the real embedded LLM.
 
 Stage 0 makes the backbone (prompts encoded, nothing rephrased) and exports it to diffusers' layout. Stage 1 trains a new adapter on it
-and nothing else; stage 2 the adapter and the backbone's motion. Everything through the command line, on 64 pictures of one scene each, and in stage 2 on a few clips.
+and nothing else; stage 2 the adapter and the backbone's motion. Everything through the command line,
+on 64 pictures of one scene each, and in stage 2 on a few clips.
 """
 
 import hashlib

@@ -92,7 +92,9 @@ def tiny_config(stage: int, llm: Path, **overrides):
     """configs/stage1.py or stage2.py with a model of a few thousand parameters; overrides are dotted keys with '.' as '__'."""
     config = (stage1 if stage == 1 else stage2).get_config("tiny")
     instruction = str(llm / "instruction.txt")
-    config.model.llm = dict(path=str(llm), instruction=instruction, dtype="float32", max_prompt=160, max_new=160, layer=-1)
+    config.model.llm = dict(
+        path=str(llm), instruction=instruction, dtype="float32", max_prompt=160, max_new=160, layer=-1
+    )
     config.model.adapter.update(d_ctx=16, width=16, depth=1, heads=2, registers=2)
     config.model.dit.update(width=24, mlp_width=32, heads=2, depth=2, patch=(1, 8, 8), text_len=164, unroll=False)
     config.data.update(texts=6, height=16, width=16)
