@@ -1,6 +1,7 @@
 """Tiny random models of every published family, with torch's answers. Large weights make attention sharp, and norms have their own."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import transformers
 
 from rise_jax.models.llm import make_llm
 from rise_jax.weights import LoadedLLM
+from tests import llama
 
 VOCAB = 320
 SIZES = dict(
@@ -85,6 +87,17 @@ def tiny(family: str, **changes) -> transformers.PreTrainedModel:
     made = model(config(**{**SIZES, **SETTINGS[family], **changes})).eval()
     randomise(made, centre=0.0 if family == "gemma3" else 1.0)
     return made
+
+
+def folders(tmp_path_factory) -> Callable:
+    """family -> (torch model, its folder), each made once."""
+
+    @cache
+    def make(family):
+        model = tiny(family)
+        return model, llama.save(model, tmp_path_factory.mktemp(family))
+
+    return make
 
 
 def randomise(model: torch.nn.Module, centre: float) -> None:

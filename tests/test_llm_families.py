@@ -21,14 +21,7 @@ PAD, NEW, WIDTH = 2, 20, 11
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """family -> (torch model, its folder)"""
-
-    @cache
-    def make(family):
-        model = families.tiny(family)
-        return model, llama.save(model, tmp_path_factory.mktemp(family))
-
-    return make
+    return families.folders(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
