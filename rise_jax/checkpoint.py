@@ -28,11 +28,19 @@ from rise_jax.trees import named_leaves
 LOG = logging.getLogger(__name__)
 DIGEST = "digest.json"
 SLICE = 2**24  # bytes that a replica writes at least, where replicas share the writing of an array
-# Orbax would cut arrays of any size into as many slices as there are replicas, each by a program compiled for its shape: seconds in
-# the first save of every start, with the steps waiting.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE), override=True
-)
+
+
+def _share_large_arrays_alone() -> None:
+    """Orbax would cut arrays of any size into a slice per replica, each by a program compiled for its shape: the first save of every
+    start would hold up the steps for seconds."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
+    absl = logging.getLogger("absl")  # warns that there is a handler already
+    absl.disabled = True
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    absl.disabled = False
+
+
+_share_large_arrays_alone()
 
 
 class Checkpoints:
