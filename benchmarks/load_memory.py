@@ -108,7 +108,7 @@ def main():
 
 
 def report(stored: str, dtype: str, way: str, folder: str) -> None:
-    command = [sys.executable, __file__, "--case", folder, dtype, way]
+    command = [sys.executable, "-m", "benchmarks.load_memory", "--case", folder, dtype, way]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     extra, beyond = found["peak"] - found["final"], found["peak"] - found["before"] - found["params"]
     sizes = [bytes / 2**20 for bytes in (found["file"], found["params"], found["largest"], extra, beyond)]
