@@ -38,10 +38,10 @@ PROMPTS = "||".join(
         "a small yellow square moving right and a small blue triangle moving left, white background",
     )
 )
-STAGE1 = decayed(220) + ["--config.data.texts=128"]
-STAGE2 = decayed(260) + ["--config.data.texts=192", f"--config.run.init_from={OUT / 'stage1'}"]
+STAGE1 = decayed(200) + ["--config.data.texts=128"]
+STAGE2 = decayed(240) + ["--config.data.texts=192", f"--config.run.init_from={OUT / 'stage1'}"]
 GENERATE = ["--mode=generate", f"--config.sample.prompts={PROMPTS}"]
-EVALUATE = ["--mode=evaluate", "--config.sample.steps=10"]
+EVALUATE = ["--mode=evaluate", "--config.sample.steps=10", "--config.sample.count=64"]
 SCORED = ("colour", "direction", "shape", "all")
 
 
