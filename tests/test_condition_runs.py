@@ -71,6 +71,7 @@ def test_states_of_the_step_give_the_loss_of_cached_ones(llm, name):
         losses.append(
             jax.jit(step)(params, frozen | {"vae": {}}, clips | rows, jnp.array([0.5, 0.99]), jax.random.key(0))
         )
+    assert losses[0].shape == (3, 2), "clips by times"
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert np.abs(losses[2] / losses[0] - 1).max() > 1e-3
 
