@@ -26,8 +26,8 @@ def run_steps(
 ) -> tuple[int, Any]:
     """(exit code, last state): 0 at the last step, EXIT_STOPPED after a signal; both are saved.
 
-    `batches` gives what `batches_on` gives, from step `start` on. Nothing here waits for a step before the next one is dispatched, and
-    the next batch is put on the devices while a step runs: metrics come a step late.
+    `step_fn`: of `with_signal`. `batches` gives what `batches_on` gives, from step `start` on. Nothing here waits for a step before
+    the next one is dispatched, and the next batch is put on the devices while a step runs: metrics come a step late.
     """
     key, last = jax.random.key(config.run.seed), config.run.steps
     with (
@@ -41,12 +41,13 @@ def run_steps(
                 _check_finite(report.flush(), step, config, workdir)
                 profile.turn()
                 report.pause()
-            state, metrics = step_fn(state, frozen, batch, key)
+            state, metrics = step_fn(state, frozen, batch | {"signal": stop.numbers()}, key)
+            signal = metrics.pop("signal")
             began = time.perf_counter()
             batch = next(batches) if step + 1 < last else None
             waited = time.perf_counter() - began
             _check_finite(report.log(step + 1, metrics | {"data_seconds": waited}), step, config, workdir)
-            stopped = stop.asked()
+            stopped = stop.asked(signal)
             if stopped or step + 1 == last or (step + 1) % config.run.save_every == 0:
                 _check_finite(report.flush(), step + 1, config, workdir)
                 checkpoints.save(step + 1, state, meta)

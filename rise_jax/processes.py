@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
@@ -131,6 +131,21 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def with_signal(step_fn: Callable) -> Callable:
+    """`step_fn`, which takes besides `batch["signal"]` (see `Stop.numbers`) and gives the largest of it as `metrics["signal"]`.
+
+    In the step, not in a program beside it: nothing orders the collectives of two programs in flight on a device, and on CPU those of
+    one kind then take each other's messages (Gloo knows them apart by kind only).
+    """
+
+    def step(state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
+        rest = {name: value for name, value in batch.items() if name != "signal"}
+        state, metrics = step_fn(state, frozen, rest, key)
+        return state, metrics | {"signal": jnp.max(batch["signal"])}
+
+    return step
+
+
 class Stop:
     """While active, SIGTERM and SIGINT only ask for a stop; a second one acts as usual."""
 
@@ -138,20 +153,19 @@ class Stop:
         """`mesh`: of all devices, over which the processes agree."""
         self._number = 0  # of the signal this process got
         self._before: dict[int, Any] = {}
-        self._asked: jax.Array | None = None
+        self._largest: jax.Array | int = 0
         self._spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def asked(self) -> str:
-        """The signal's name, or "". Call it once a step, after the step is dispatched: all processes get the same answer at the
-        same step, one step late where there are several, so that none waits for its devices."""
-        if jax.process_count() == 1:
-            return _name(self._number)
-        numbers = jax.make_array_from_callback(
-            (jax.device_count(),), self._spread, lambda _: np.full(1, self._number, np.int32)
-        )
-        earlier, self._asked = self._asked, self._largest(numbers)
-        return _name(0 if earlier is None else int(earlier))
+    def numbers(self) -> jax.Array:
+        """int32 [devices]: for every device the number of the signal that its process got, or 0; for the step that comes next."""
+        own = np.full(1, self._number, np.int32)
+        return jax.make_array_from_callback((self._spread.mesh.size,), self._spread, lambda _: own)
+
+    def asked(self, largest: jax.Array) -> str:
+        """The signal's name, or "". Call it once a step, with the largest of its `numbers`: all processes get the same answer at the
+        same step. Where there are several it is the step's before, so that none waits for its devices."""
+        earlier, self._largest = self._largest, largest
+        return _name(self._number if jax.process_count() == 1 else int(earlier))
 
     def __enter__(self) -> "Stop":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}

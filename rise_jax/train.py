@@ -24,7 +24,7 @@ from rise_jax.language import states_in_batch
 from rise_jax.loop import batches_on, compile_step, run_steps
 from rise_jax.models.remat import check_remat
 from rise_jax.optim import make_optimizer
-from rise_jax.processes import check_agreed, from_first, is_first, meet
+from rise_jax.processes import Stop, check_agreed, from_first, is_first, meet, with_signal
 from rise_jax.published import check_files, load_vae
 from rise_jax.report import peak_memory_gib, read_metrics, write_summary
 from rise_jax.sharding import check_batch, describe, make_mesh, process_rows, shardings
@@ -154,7 +154,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
         if start < config.run.steps:
             batches = batches_on(mesh, batches, table, start)
             plain = model_from(config.model, language.width, states)
-            step_fn, batches, work = _ready(config, plain, step_fn, state, frozen, batches)
+            step_fn, batches, work = _ready(config, mesh, plain, step_fn, state, frozen, batches)
             code, state = run_steps(
                 config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, meta, work
             )
@@ -163,15 +163,16 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     return code
 
 
-def _ready(config, plain, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:
+def _ready(config, mesh, plain, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:
     """(compiled step, batches, what a step does); the step's state lies after it as before it, in the same memory.
 
     Operations are counted on `plain`, the model with plain attention: what a kernel pads is not work that the mathematics needs.
     """
     first = next(batches)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
-    compiled = compile_step(step_fn, state, frozen, first, jax.random.key(config.run.seed))
+    step_fn = jax.jit(with_signal(step_fn), donate_argnums=0, out_shardings=(placed, None))
+    signalled = first | {"signal": Stop(mesh).numbers()}
+    compiled = compile_step(step_fn, state, frozen, signalled, jax.random.key(config.run.seed))
     samples, *size = first["video"].shape[:4]
     cells = math.prod(plain.latent_shape(tuple(size))[:3])
     work = Work(

@@ -7,7 +7,17 @@ import jax
 import numpy as np
 import pytest
 
-from rise_jax.processes import Stop, any_process, check_agreed, first_then_others, from_first, gathered, meet, settings
+from rise_jax.processes import (
+    Stop,
+    any_process,
+    check_agreed,
+    first_then_others,
+    from_first,
+    gathered,
+    meet,
+    settings,
+    with_signal,
+)
 from rise_jax.sharding import make_mesh, put, shardings
 
 PLAIN = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
@@ -78,15 +88,24 @@ def test_a_signal_asks_once_and_acts_the_second_time(number):
     before = signal.signal(number, lambda *_: acted.append(number))
     try:
         with Stop(make_mesh()) as stop:
-            assert stop.asked() == ""
+            assert stop.asked(0) == "" and not stop.numbers().any()
             os.kill(os.getpid(), number)
-            assert stop.asked() == number.name and not acted
+            assert stop.asked(0) == number.name and not acted
+            np.testing.assert_array_equal(stop.numbers(), [number] * 8)
             os.kill(os.getpid(), number)
             assert acted == [number]
         os.kill(os.getpid(), number)
         assert acted == [number] * 2
     finally:
         signal.signal(number, before)
+
+
+def test_a_step_tells_of_the_signal_that_one_device_knows_of():
+    """And hands on everything else."""
+    step = with_signal(lambda state, frozen, batch, key: (state + batch["rows"] + frozen, {"loss": key}))
+    numbers = jax.device_put(np.int32([0, 0, 0, 0, 0, 15, 0, 0]), Stop(make_mesh()).numbers().sharding)
+    state, metrics = jax.jit(step)(1, 2, {"rows": 3, "signal": numbers}, 4)
+    assert (state, metrics) == (6, {"loss": 4, "signal": signal.SIGTERM})
 
 
 def test_put_places_host_and_device_arrays_alike():
