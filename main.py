@@ -1,5 +1,6 @@
 """The command line, and nothing else: flags -> config -> one function of rise_jax per --mode."""
 
+import gc
 import logging
 import os
 import sys
@@ -47,6 +48,8 @@ def main(_) -> int:
     logging.basicConfig(level=level, format="%(message)s", force=True)
     for name in ("absl", "jax", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Tracing makes objects that stay; Python's collector, walking them again and again, costs a tenth of a start.
+    gc.set_threshold(100_000, 20, 100)
     _keep_compiled()
     try:
         code = _run()

@@ -22,6 +22,7 @@ import torch
 import wan
 from diffusers import WanTransformer3DModel
 from folders import write_metadata
+from quick import QUICK
 
 from rise_jax import Pipeline, flow, runs
 from rise_jax.data.attributes import BACKGROUNDS, COLOURS, SHAPES, SIZES, STILL, Scene, Thing
@@ -80,7 +81,7 @@ def draw(folder, frames, count):
 
 
 def main(config, workdir, mode="train", **overrides):
-    """main.py with sizes of SMALL and further groups of overrides; compiled as it is for users: the LLM is a real one."""
+    """main.py with sizes of SMALL and further groups of overrides; generate is compiled as it is for users."""
     groups = {name: SMALL.get(name, {}) | overrides.get(name, {}) for name in {*SMALL, *overrides}}
     flags = [
         f"--config.{group.replace('__', '.')}.{name}={value}"
@@ -88,7 +89,7 @@ def main(config, workdir, mode="train", **overrides):
         for name, value in values.items()
     ]
     environment = os.environ | {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "" if mode == "generate" else QUICK,
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "PYTHONPATH": str(ROOT / "tests" / "fixtures" / "without_torch"),
     }
