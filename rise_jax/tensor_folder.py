@@ -6,7 +6,6 @@ Files are mapped, not read: a tensor costs memory only while it is being copied 
 import hashlib
 import json
 import mmap
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +47,7 @@ class TensorFolder:
             also = "" if index.is_file() else f" (or {index.name} with its shards)"
             raise FileNotFoundError(f"{self.path} lacks {', '.join(missing)}{also}: the folder is incomplete")
         self.tensors = {name: tensor for file in self.files for name, tensor in _header(file).items()}
+        self._maps = {file: _map(file) for file in self.files}
 
     def view(self, name: str) -> np.ndarray:
         """The values, in the file's dtype and torch order, read from disk where and when they are touched."""
@@ -71,10 +71,6 @@ class TensorFolder:
                     digest.update(block)
         return digest.hexdigest()
 
-    @cached_property
-    def _maps(self):
-        return {path: _map(path) for path in self.files}
-
 
 class TensorFile(TensorFolder):
     """One .safetensors file by itself, without settings."""
@@ -85,6 +81,7 @@ class TensorFile(TensorFolder):
         if not self.path.is_file():
             raise FileNotFoundError(f"no file at {path}")
         self.files, self.tensors = [self.path], _header(self.path)
+        self._maps = {self.path: _map(self.path)}
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -284,3 +284,16 @@ def test_layers_may_be_spread_too(folder):
         }
     )
     assert bits(load_wan(folder, place=place).params) == bits(load_wan(folder).params)
+
+
+def test_replicas_share_the_memory_that_was_read_into_and_a_donated_one_leaves_the_others_alone(folder):
+    whole = jax.sharding.NamedSharding(jax.make_mesh((8,), ("all",)), jax.sharding.PartitionSpec())
+    place = lambda tree: jax.tree.map(lambda _: whole, tree)
+    loaded, expected = (load_wan(folder, place=place).params["blocks"] for _ in range(2))
+    kernel = loaded["up"]["kernel"]
+    parts = [shard.data for shard in kernel.addressable_shards]
+    assert len({part.unsafe_buffer_pointer() for part in parts}) == 1
+    new = jax.jit(lambda leaf: leaf + 1, donate_argnums=0)(parts[0])
+    assert parts[0].is_deleted() and (np.asarray(new) != np.asarray(parts[1])).all()
+    for part in parts[1:]:
+        np.testing.assert_array_equal(part, expected["up"]["kernel"])
