@@ -83,7 +83,7 @@ PRESETS = {
         sample=dict(height=24, width=24),
         frames=9,
         stage1=dict(steps=2000, batch_size=16, learning_rate=2e-3, decay=(1000, 2000)),
-        stage2=dict(steps=4000, batch_size=16, learning_rate=2e-3, decay=(2000, 4000)),
+        stage2=dict(steps=6000, batch_size=16, learning_rate=2e-3, decay=(3000, 6000)),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.
     "small": dict(
