@@ -40,7 +40,12 @@ def run(workdir, steps, start=0, save_every=100, profile="", finite=lambda step:
         step = batch["number"]
         events.append(f"step {step}")
         fetched = Value(step, lambda: events.append(f"fetch {step}"))
-        return advance(state), {"loss": fetched, "grad_norm": 0.0, "finite": finite(step), "signal": 0}
+        return advance(state), {
+            "loss": fetched,
+            "grad_norm": 0.0,
+            "finite": finite(step),
+            "signal": batch["signal"].max(),
+        }
 
     checkpoints = Checkpoints(workdir / "checkpoints")
     save = checkpoints.save
