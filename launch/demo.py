@@ -5,7 +5,6 @@ exactly as typed by hand; its time includes start-up and compilation.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +12,6 @@ import time
 from pathlib import Path
 
 OUT = Path("runs/demo")
-# The C library then keeps freed memory, in large pages, instead of handing it back after every step: a CPU step takes a fifth less.
-MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
-    ":glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
-}
 
 
 def decayed(steps: int) -> list[str]:
@@ -71,7 +65,7 @@ def run(config: str, workdir: str, extra: list[str]) -> float:
     command = ["main.py", f"--config=configs/{config}.py", f"--workdir={OUT / workdir}", *extra]
     print(f"\n$ python {' '.join(word if ' ' not in word else repr(word) for word in command)}", flush=True)
     began = time.perf_counter()
-    code = subprocess.run([sys.executable, *command], env=os.environ | MEMORY).returncode
+    code = subprocess.run([sys.executable, *command]).returncode
     if code:
         sys.exit(f"the command above failed with exit code {code}; {OUT} keeps what it wrote")
     return round(time.perf_counter() - began, 1)

@@ -6,6 +6,7 @@ What is wrong with a config is said by validate.py, before any of this.
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +49,21 @@ class Model:
     time_cond: bool  # the context depends on t: recomputed in every sampler step
 
 
-def _split(make: Callable[[nnx.Rngs], nnx.Module]):
-    """(graph definition, abstract nested dict, init function) of a module whose leaves are all Params."""
-    graph, params, rest = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=jax.random.key(0)))), nnx.Param, ...)
+@cache
+def _split(module: Callable[..., nnx.Module], /, **sizes):
+    """(graph definition, abstract nested dict, init function) of `module(rngs=..., **sizes)`, whose leaves are all Params.
+
+    Tracing one takes a second: a start that needs it several times does so once.
+    """
+    make = partial(module, **sizes)
+    graph, params, rest = nnx.split(
+        nnx.eval_shape(lambda: make(rngs=nnx.Rngs(params=jax.random.key(0)))), nnx.Param, ...
+    )
     if jax.tree.leaves(rest):
         raise TypeError(f"only Params may be leaves, found {jax.tree.map(jnp.shape, rest)}")
 
     def init(key):
-        return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(params=key)), nnx.Param, ...)[1])
+        return nnx.to_pure_dict(nnx.split(make(rngs=nnx.Rngs(params=key)), nnx.Param, ...)[1])
 
     return graph, nnx.to_pure_dict(params), init
 
@@ -99,11 +107,12 @@ def model_from(
     d_ctx, text_len = adapter["d_ctx"], dit["text_len"]
     coder = vae or open_vae(model.vae.path)
     learned = model.null == LEARNED
+    dit["patch"] = tuple(dit["patch"])
     adapter_graph, adapter_abstract, adapter_init = _split(
-        lambda rngs: make_adapter(d_llm=d_llm, learned_null=learned, dtype=dtype, backend=backend, rngs=rngs, **adapter)
+        make_adapter, d_llm=d_llm, learned_null=learned, dtype=dtype, backend=backend, **adapter
     )
     dit_graph, dit_abstract, dit_init = _split(
-        lambda rngs: DiT(channels=coder.channels, d_ctx=d_ctx, dtype=dtype, backend=backend, rngs=rngs, **dit)
+        DiT, channels=coder.channels, d_ctx=d_ctx, dtype=dtype, backend=backend, **dit
     )
     abstract = {"adapter": adapter_abstract, "dit": dit_abstract}
     if not learned:
@@ -141,7 +150,7 @@ def model_from(
         encode=coder.encode,
         decode=coder.decode,
         latent_shape=latent_shape,
-        patch=tuple(dit["patch"]),
+        patch=dit["patch"],
         states=states,
         prediction=model.prediction,
         shift=model.shift,

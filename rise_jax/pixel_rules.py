@@ -17,6 +17,8 @@ _MIN_AREA = 0.008  # share of the frame that a thing covers at least; the thinne
 _MIN_SHARE = 0.3  # of the largest thing's area; smaller blobs are taken for specks
 _MIN_TRAVEL = 0.12  # of the frame's side; less is no motion
 _GRID = 12  # cells along each side of the normalised mask that the classifier sees
+# Of the frame's side; a thing of more is large. The smallest large ones are squares and triangles, drawn at 0.9 of their diameter.
+_LARGE = (SIZES["small"][1] + 0.9 * SIZES["large"][0]) / 2
 
 
 class MeasuredThing(NamedTuple):
@@ -93,8 +95,7 @@ def _measure(colour, mask):
     crops, diameters = zip(*(_normalised(frame) for frame in seen), strict=True)
     diameter = float(np.median(diameters)) / min(mask.shape[1:])
     shape = str(_classifier().predict(np.mean(crops, 0).reshape(1, -1))[0])
-    middle = (SIZES["small"][1] + SIZES["large"][0]) / 2
-    return MeasuredThing(shape, colour, "large" if diameter > middle else "small", _direction(mask))
+    return MeasuredThing(shape, colour, "large" if diameter > _LARGE else "small", _direction(mask))
 
 
 def _direction(mask):

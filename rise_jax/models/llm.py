@@ -9,7 +9,7 @@ before its tokens and returns one more `Past`, holding its own tokens. A part of
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -260,6 +260,7 @@ def _shared(equation: str, x: Array, part: Array, **options) -> Array:
     return jnp.einsum(equation, x, part, **options)
 
 
+@cache
 def make_llm(config: LLMConfig, dtype=jnp.float32) -> tuple[Callable[[dict], LLM], dict]:
     """(llm, abstract): `llm(params)` is the module, to be called inside a trace; `abstract` the nested dict of its shapes."""
     model = nnx.eval_shape(lambda: LLM(config, dtype=dtype, rngs=nnx.Rngs(params=jax.random.key(0))))
