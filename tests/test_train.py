@@ -67,16 +67,14 @@ def lines(workdir, name):
 
 
 def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_texts(tmp_path, capsys):
-    """Its losses are those of these lines, which know no mesh, cache or checkpoint."""
+    """Its losses are those of these lines, which know no mesh, no kept states and no checkpoint."""
     config = tiny_config(1, write_llm(tmp_path / "llm"), run__batch_size=8, run__steps=3, optim__learning_rate=0.05)
-    config.run.profile = "1:2"
     assert train(config, tmp_path / "run") == 0
     assert re.search(r"^compiled the step in \d+\.\d s$", capsys.readouterr().out, re.MULTILINE)
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert_rates_of_eight_images_of_four_tokens(tmp_path / "run")
     optim, language = config.optim, Language(**config.model.llm)
     source = ScenesSource(num_texts=6, frames=1, height=16, width=16)
-    states, mask = language.teach(complete(source.texts, language, tmp_path / "captions.jsonl"))
+    states, mask = language.teach(complete(source.texts, language, tmp_path / "run" / "captions.jsonl"))
     model = model_from(config.model, language.width, states_in_batch)
     params = initial_parameters(model, config, None, {}, (states, mask), on_one_device).tree
     optimizer = make_optimizer(0.05, optim.warmup, optim.weight_decay, optim.clip, kind=optim.kind, b2=optim.b2)
