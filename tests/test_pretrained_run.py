@@ -46,8 +46,8 @@ SMALL = dict(
     model__llm=dict(max_prompt=PROMPT, max_new=NEW),
     data=dict(source="folder", height=SIZE, width=SIZE),
     sample=dict(height=SIZE, width=SIZE, steps=4, batch_size=2),
-    run=dict(steps=120, batch_size=32, save_every=1000),
-    optim=dict(kind="adamw", learning_rate=4e-3, decay_from=60, decay_until=120, time_mean=2.0),
+    run=dict(steps=70, batch_size=32, save_every=1000),
+    optim=dict(kind="adamw", learning_rate=4e-3, decay_from=35, decay_until=70, time_mean=2.0),
 )
 PROMPTS = ["small red circle, white background", "large blue square, black background"]
 

@@ -5,7 +5,6 @@ import difflib
 from rise_jax.data.folder import FolderSource
 from rise_jax.data.scenes import ScenesSource
 from rise_jax.data.sources import Source
-from rise_jax.data.tfds_source import TfdsSource
 
 SOURCES = ("scenes", "folder", "tfds:NAME")
 
@@ -24,6 +23,8 @@ def open_source(
     if source == "folder":
         return FolderSource(path, fps=fps, **size)
     if kind == "tfds" and name:
+        from rise_jax.data.tfds_source import TfdsSource  # a large import, and it makes a temporary folder
+
         return TfdsSource(name, path=path or None, fps=fps, **size)
     near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.0)[0]
     raise ValueError(f"data.source={source!r} is unknown (nearest: {near}); valid: {', '.join(SOURCES)}")
