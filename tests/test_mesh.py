@@ -37,8 +37,7 @@ SGD = optax.chain(optax.trace(decay=0.0), optax.sgd(0.01))  # the trace is the g
 STEPS = 3
 
 MESHES = {  # mesh, Backend.sequence
-    "fsdp": ((1, 8, 1, 1), "auto"),
-    "tensor": ((2, 1, 1, 4), "auto"),
+    "fsdp_tensor": ((1, 2, 1, 4), "auto"),
     "ulysses": ((2, 1, 4, 1), "auto"),
     "ring": ((1, 1, 8, 1), "auto"),
     "fsdp_ulysses_tensor": ((1, 2, 2, 2), "auto"),
