@@ -11,7 +11,8 @@ PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 # The C library then keeps freed memory, in large pages, instead of handing it back after every step: a CPU step takes a fifth less,
 # a compilation a tenth.
-export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
+GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
+export GLIBC_TUNABLES
 
 .PHONY: demo test check faults env
 .DEFAULT_GOAL := demo

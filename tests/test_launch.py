@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from absl import flags
+from ml_collections import config_flags
+
+from launch import demo
+from rise_jax.validate import validate
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -102,3 +107,14 @@ def test_a_bucket_is_no_workdir():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "--workdir=gs://bucket/run is no folder: mount the bucket" in done.stderr
     assert not (ROOT / "gs:").exists()
+
+
+@pytest.mark.parametrize(("stage", "words"), [(1, "STAGE1"), (2, "STAGE2"), (2, "GENERATE"), (2, "EVALUATE")])
+def test_the_demos_commands_are_valid(stage, words, monkeypatch):
+    words = ["main.py", *(word for word in getattr(demo, words) if word.startswith("--config."))]
+    monkeypatch.setattr(sys, "argv", words)  # where ml_collections looks for the keys
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", str(ROOT / f"configs/stage{stage}.py"), flag_values=values)
+    values(words)
+    validate(values.config)
+    assert (values.config.data.height, values.config.sample.height) == (16, 16)
