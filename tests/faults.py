@@ -27,7 +27,7 @@ from tiny import tiny_flags, write_llm
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 8, 2
 TEXTS, BATCH = 3, 32  # of 192 clips: an epoch ends after step 6
-DEVICES = 4  # of a run, over its processes
+DEVICES = 2  # of a run, over its processes
 HEARTBEAT = 20  # seconds
 PATIENCE = 300  # seconds until something that should happen counts as a hang
 STOPPED = 75

@@ -41,10 +41,11 @@ class Backend:
 
     @classmethod
     def here(cls, name: str = "auto", sequence: str = "auto") -> "Backend":
-        """For the devices of this process."""
+        """For the devices of this process. Where they have no back end of their own, auto is xla."""
         device = jax.devices()[0]
         other = "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
-        return cls(name, other if device.platform == "gpu" else device.platform, sequence)
+        platform = other if device.platform == "gpu" else device.platform
+        return cls("xla" if name == "auto" and platform not in NATIVE else name, platform, sequence)
 
     def pick(self, dtype, head_width: int, mask_shape: tuple[int, ...] | None = None) -> str:
         """xla, cudnn or splash for such an input. Raises ValueError when a back end asked for by name cannot do it, and why."""
