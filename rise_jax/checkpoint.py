@@ -84,9 +84,11 @@ class Checkpoints:
         failed meanwhile.
         """
         self.wait()
+        jax.block_until_ready(
+            state
+        )  # on every device: what Orbax asks the other processes are programs with collectives
         if step in self.steps():
             return
-        jax.block_until_ready(state)  # on every device: Orbax's barriers are programs with collectives
         document = {"meta": meta, "leaves": _describe(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document))
         self._try_writing(step, lambda: self._manager.save(step, args=args))

@@ -14,15 +14,17 @@ import numpy as np
 import safetensors.numpy
 from ml_collections import ConfigDict
 
+from rise_jax.models.dit import EPS
 from rise_jax.models.t5 import make_t5
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
 from rise_jax.placement import check, stream
 from rise_jax.sharding import place_whole, put
+from rise_jax.tensor_folder import TensorFolder
 from rise_jax.trees import named_leaves, nested
-from rise_jax.weights_t5 import load_t5, text_ids
+from rise_jax.weights_t5 import checked_t5, load_t5, text_ids
 from rise_jax.weights_wan import transformer_folder, wan_sizes, wan_table
-from rise_jax.weights_wan_vae import load_wan_vae, open_wan_vae
+from rise_jax.weights_wan_vae import checked_wan_vae, load_wan_vae, open_wan_vae
 
 PIXELS = "pixels"
 LEARNED, NATIVE = "learned", "native"  # values of model.null beside a file's path
@@ -53,7 +55,7 @@ def dit_faults(model: ConfigDict, channels: int) -> list[str]:
         return []
     sizes = wan_sizes(transformer_folder(model.dit.path))[0]
     sizes |= {"patch": tuple(sizes["patch"])}
-    row = {"coordinates": False} | model.dit.to_dict()
+    row = {"coordinates": False, "eps": EPS} | model.dit.to_dict()
     asked = {f"model.dit.{name}": (value, sizes[name]) for name, value in row.items() if name not in RUNTIME}
     asked["model.adapter.d_ctx"] = model.adapter.d_ctx, sizes["d_ctx"]
     asked[f"channels of model.vae.path={model.vae.path}"] = channels, sizes["channels"]
@@ -72,10 +74,7 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
     leaves, origins = {}, {}
     names = {name for name in wanted if name.startswith("dit/") and "/low_rank_" not in name}
     if model.dit.path and names:
-        whole = {name: leaf for name, leaf in named_leaves(abstract["dit"]).items() if "/low_rank_" not in name}
-        folder = transformer_folder(model.dit.path)
-        table = wan_table(nested(whole), tuple(model.dit.patch), wan_sizes(folder)[1])
-        check(nested(whole), table, folder)
+        whole, table, folder = _checked_dit(model, abstract)
         part = nested({name: leaf for name, leaf in whole.items() if f"dit/{name}" in names})
         leaves = named_leaves({"dit": stream(part, table, folder, place(part))})
         origins = dict.fromkeys(leaves, f"file {folder.sha256()}")
@@ -86,12 +85,31 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
     return leaves, origins
 
 
-def check_files(model: ConfigDict) -> None:
-    """Raises FileNotFoundError for a native encoder or a file of captions that `model` needs at the start and that is not there."""
-    if (model.null == NATIVE or model.calibrate) and not Path(model.native.path).is_dir():
-        raise FileNotFoundError(
-            f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
-        )
+def _checked_dit(model: ConfigDict, abstract: dict) -> tuple[dict, dict, TensorFolder]:
+    """(abstract leaves, table, folder) of the DiT at `model.dit.path`, whose tensors are all there and fit."""
+    whole = {name: leaf for name, leaf in named_leaves(abstract["dit"]).items() if "/low_rank_" not in name}
+    folder = transformer_folder(model.dit.path)
+    table = wan_table(nested(whole), tuple(model.dit.patch), wan_sizes(folder)[1])
+    check(nested(whole), table, folder)
+    return whole, table, folder
+
+
+def check_files(model: ConfigDict, abstract: dict) -> None:
+    """What `model` needs of published files at the start, found out from their headers, before the LLM works for hours.
+
+    Raises FileNotFoundError for a native encoder or a file of captions that is not there, ValueError for a DiT, a VAE or an encoder
+    whose tensors are not those of the model, all listed.
+    """
+    if model.dit.path:
+        _checked_dit(model, abstract)
+    if model.vae.path != PIXELS:
+        checked_wan_vae(model.vae.path)
+    if model.null == NATIVE or model.calibrate:
+        if not Path(model.native.path).is_dir():
+            raise FileNotFoundError(
+                f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
+            )
+        checked_t5(model.native.path)
     if model.calibrate and not Path(model.calibrate).is_file():
         raise FileNotFoundError(f"model.calibrate={model.calibrate} is no file")
 

@@ -40,7 +40,7 @@ class TensorFolder:
             raise FileNotFoundError(f"no folder at {self.path}")
         self.settings = _json(self.path / "config.json")
         index = self.path / f"{stem}.safetensors.index.json"
-        names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
+        names = shard_names(index) if index.is_file() else [f"{stem}.safetensors"]
         self.files = [self.path / name for name in names]
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
@@ -84,6 +84,14 @@ class TensorFile(TensorFolder):
         self._maps = {self.path: _map(self.path)}
 
 
+def shard_names(index: Path) -> list[str]:
+    """The weight files that an index names. ValueError for one that is no index."""
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files; {AGAIN}")
+    return sorted(set(weight_map.values()))
+
+
 def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -121,7 +129,15 @@ def _checked_end(name: str, tensor: Tensor) -> int:
 def _json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} lacks {path.name}: the folder is incomplete")
+    return parsed(path)
+
+
+def parsed(path: Path) -> dict:
+    """The JSON object in a file that is there. ValueError for one that holds no such thing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); {AGAIN}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object but {type(value).__name__}; {AGAIN}")
+    return value

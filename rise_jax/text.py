@@ -69,7 +69,14 @@ class Tokenizer:
         """From the tokenizer files of a Hugging Face folder; `eos` adds end tokens that only its configs name."""
         from transformers import AutoTokenizer  # seconds to import, and the embedded model does without
 
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        file = Path(folder) / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer.json in {folder}: a Hugging Face folder needs it")
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # a damaged file surfaces as almost any error of the library
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file} cannot be read as a tokenizer ({told}): download it again") from error
         ends = tuple(dict.fromkeys(id for id in (loaded.eos_token_id, *eos) if id is not None))
         if not ends:
             raise ValueError(f"{folder}: the tokenizer names no end token (eos_token)")

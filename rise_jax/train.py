@@ -100,7 +100,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     states = states_in_batch if config.data.states == "cached" else language.states_in_step
     model = model_from(config.model, language.width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
-    check_files(config.model)
+    check_files(config.model, model.abstract)
     origin = None if begun else find_start(config.run.init_from, config.run.preset)
     check_agreed(str(origin), f"run.init_from={config.run.init_from!r}")
     if is_first():

@@ -24,6 +24,8 @@ from rise_jax.sampler import STEPPERS
 def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
     """Raises one ValueError that lists every fault of the config. `vae` stands in for the one at `model.vae.path`."""
     vae = vae or open_vae(config.model.vae.path)
+    if faults := [*_counts(config.model)]:  # nothing else can be worked out with these
+        raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
     faults = [*_choices(config), *_ranges(config), *_run_parts(config.run), *_attention(config.model)]
     faults += [*_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
     if faults:
@@ -48,6 +50,22 @@ def check_clip(
     return faults
 
 
+def _counts(model: ConfigDict) -> Iterable[str]:
+    """Faults of the model's sizes one by one."""
+    dit, adapter = model.dit, model.adapter
+    ones = {f"model.dit.{name}": dit[name] for name in ("width", "mlp_width", "heads", "depth", "text_len")}
+    ones |= {f"model.adapter.{name}": adapter[name] for name in ("d_ctx", "width", "depth", "heads") if name in adapter}
+    ones |= {"model.llm.max_prompt": model.llm.max_prompt, "model.llm.max_new": model.llm.max_new}
+    ones["model.native.length"] = model.native.length
+    noughts = {"model.adapter.registers": adapter.registers, "model.dit.low_rank": dit.get("low_rank", 0)}
+    for least, sizes in ((1, ones), (0, noughts)):
+        for key, value in sizes.items():
+            if value < least:
+                yield f"{key}={value} must be at least {least}; nearest: {least}"
+    if len(dit.patch) != 3 or min(dit.patch) < 1:
+        yield f"model.dit.patch={tuple(dit.patch)} must be three sizes >= 1: frames, rows, columns; nearest: (1, 2, 2)"
+
+
 def _choices(config: ConfigDict) -> Iterable[str]:
     choices = {
         "model.condition": (config.model.condition, CONDITIONS),
@@ -57,6 +75,7 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         "model.attention": (config.model.attention, NAMES),
         "model.sequence": (config.model.sequence, SEQUENCES),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
+        "model.native.dtype": (config.model.native.dtype, ("float32", "bfloat16")),
         "model.dit.remat": (config.model.dit.get("remat", "none"), REMAT),
         "model.prediction": (config.model.prediction, PREDICTIONS),
         "optim.kind": (config.optim.kind, OPTIMIZERS),
@@ -120,10 +139,6 @@ def _run_parts(run: ConfigDict) -> Iterable[str]:
 
 def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
     dit, adapter = model.dit, model.adapter
-    small = {name: part.heads for name, part in (("dit", dit), ("adapter", adapter)) if part.get("heads", 1) < 1}
-    if small:
-        yield from (f"model.{name}.heads={heads} must be at least 1; nearest: 1" for name, heads in small.items())
-        return
     yield from dit_faults(model, vae.channels)
     yield from _divides("model.dit.width", dit.width, f"model.dit.heads={dit.heads}", dit.heads)
     if dit.width % dit.heads == 0 and dit.width // dit.heads % 2:
@@ -153,8 +168,6 @@ def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
 def _attention(model: ConfigDict) -> Iterable[str]:
     parts = {"dit": model.dit} | ({"adapter": model.adapter} if model.adapter.kind in ("refiner", "resampler") else {})
     for name, part in parts.items():
-        if part.heads < 1:
-            continue
         reason = cudnn_obstacle(model.dtype, part.width // part.heads) if model.attention == "cudnn" else None
         if reason:
             yield f"model.attention='cudnn' {reason} in model.{name}; nearest: xla (or auto, which chooses by itself)"

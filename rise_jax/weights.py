@@ -12,6 +12,7 @@ import numpy as np
 
 from rise_jax.models.llm import make_llm
 from rise_jax.models.llm_config import LLMConfig
+from rise_jax.tensor_folder import DTYPES
 from rise_jax.text import Tokenizer
 from rise_jax.weights_files import FolderFile, GGUFFile
 
@@ -21,7 +22,8 @@ EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 
 
 class WeightFile(Protocol):
-    """What a reader of a published format offers (weights_files.py). `names` maps tensor names to shapes, torch order (out, in).
+    """What a reader of a published format offers (weights_files.py). `names` maps tensor names to shapes, torch order (out, in), and
+    `unreadable` those that are stored in a way that is not read here to the format's name for it.
 
     `kind` is "huggingface" or "gguf", `family` one of `llm_families.OPTIONS`.
     """
@@ -30,6 +32,7 @@ class WeightFile(Protocol):
     kind: str
     family: str
     names: dict[str, tuple[int, ...]]
+    unreadable: dict[str, str]
 
     def config(self) -> LLMConfig: ...
     def tokenizer(self) -> Tokenizer: ...
@@ -173,7 +176,7 @@ def _names(config: LLMConfig) -> dict[str, tuple[str, str]]:
 def fill(abstract: dict, table: dict[str, Entry], file: WeightFile) -> dict:
     """Reads every tensor of `table` into a new tree like `abstract` (shapes and dtypes), one tensor at a time.
 
-    ValueError lists every tensor that is missing, left over or of the wrong shape.
+    ValueError lists every tensor that is missing, left over, of the wrong shape or of a dtype that is not read here.
     """
     leaves = _leaves(abstract)
     expected = {name: _published_shape(leaves[entry.path].shape, entry) for name, entry in table.items()}
@@ -183,6 +186,9 @@ def fill(abstract: dict, table: dict[str, Entry], file: WeightFile) -> dict:
         f"wrong shape: {name} is {file.names[name]}, expected {shape}"
         for name, shape in expected.items()
         if file.names.get(name, shape) != shape
+    ]
+    problems += [
+        f"wrong dtype: {name} is {dtype}, readable: {', '.join(DTYPES)}" for name, dtype in file.unreadable.items()
     ]
     if problems:
         raise ValueError(f"{file.path} does not fit the model ({len(problems)} problems):\n  " + "\n  ".join(problems))

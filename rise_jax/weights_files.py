@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import gguf
@@ -12,13 +11,13 @@ import safetensors
 from rise_jax.gguf_tokenizer import tokenizer_from_gguf
 from rise_jax.llm_families import folder_config, folder_family, gguf_config, gguf_family
 from rise_jax.models.llm_config import LLMConfig
+from rise_jax.tensor_folder import AGAIN, DTYPES, parsed, shard_names
 from rise_jax.text import Tokenizer
 
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's divisors of the rotary frequencies: a setting, not a parameter
 TEXT_PART = ("language_model.model.", "model.language_model.")  # "model." of a multimodal model's text part
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-AGAIN = "the file is damaged or incomplete: download it again"
 
 
 class _Reader(gguf.GGUFReader):
@@ -49,6 +48,7 @@ class GGUFFile:
         except Exception as error:  # a damaged header surfaces as almost any error of the parser
             raise ValueError(f"{path} cannot be read as GGUF ({type(error).__name__}: {error}); {AGAIN}") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.unreadable: dict[str, str] = {}  # every type of the format can be dequantised
         self.names = {name: self._shape(name) for name in self._tensors if name != ROPE_FREQS}
 
     @property
@@ -91,6 +91,8 @@ class FolderFile:
         stored = [(key, shard) for shard in self._shards.values() for key in shard.keys()]  # noqa: SIM118 (safe_open is no dict)
         self._owner = {_text_name(key): (key, shard) for key, shard in stored if _text_name(key)}
         self.names = {name: tuple(shard.get_slice(key).get_shape()) for name, (key, shard) in self._owner.items()}
+        stored_as = {name: shard.get_slice(key).get_dtype() for name, (key, shard) in self._owner.items()}
+        self.unreadable = {name: dtype for name, dtype in stored_as.items() if dtype not in DTYPES}
         # Some tied models are saved with a copy of the embeddings as head; one that differs counts, as in transformers.
         self._own_head = HEAD in self.names and not (self._config.tied and self._equal(HEAD, EMBEDDING))
         if self._config.tied and not self._own_head:
@@ -120,11 +122,11 @@ class FolderFile:
     def _shard_names(self) -> list[str]:
         index = "model.safetensors.index.json"
         if (self.path / index).is_file():
-            return sorted(set(self._json(index)["weight_map"].values()))
+            return shard_names(self.path / index)
         return ["model.safetensors"]
 
     def _equal(self, first: str, second: str) -> bool:
-        if self.names[first] != self.names.get(second):
+        if self.names[first] != self.names.get(second) or {first, second} & self.unreadable.keys():
             return False
         slices = [shard.get_slice(key) for key, shard in (self._owner[first], self._owner[second])]
         rows = self.names[first][0]
@@ -144,10 +146,7 @@ class FolderFile:
         path = self.path / name
         if not path.is_file():
             raise FileNotFoundError(f"no {name} in {self.path}: a Hugging Face folder needs it")
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); {AGAIN}") from error
+        return parsed(path)
 
 
 def _text_name(key: str) -> str | None:

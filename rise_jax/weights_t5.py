@@ -14,7 +14,7 @@ import tokenizers
 
 from rise_jax.models.t5 import T5Config, make_t5
 from rise_jax.placement import Place, check, stream
-from rise_jax.tensor_folder import TensorFolder
+from rise_jax.tensor_folder import AGAIN, TensorFolder
 from rise_jax.text import Tokenizer, right_pad
 from rise_jax.trees import named_leaves
 
@@ -65,15 +65,21 @@ def load_t5(path: Path | str, dtype: Any = jnp.float32, place: Any = None) -> Lo
       FileNotFoundError: naming the files that are missing. ValueError: an option that this encoder does not have, by its name;
         or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
     """
-    path, folder = Path(path), encoder_folder(path)
+    config, abstract, table, folder = checked_t5(path, dtype)
+    tokenizer = _tokenizer(Path(path), folder)
+    return LoadedT5(config, stream(abstract, table, folder, place and place(abstract)), tokenizer, folder)
+
+
+def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, dict, dict, TensorFolder]:
+    """(sizes, abstract leaves, table, folder) of what `load_t5` loads, from the files' headers, with the same errors."""
+    folder = encoder_folder(path)
     config = t5_config(folder)
     abstract = make_t5(config, dtype)[1]
     table = t5_table(abstract)
     if "shared.weight" not in folder.tensors and TIED in folder.tensors:
         table[TIED] = table.pop("shared.weight")
     check(abstract, table, folder, IGNORED)
-    tokenizer = _tokenizer(path, folder)
-    return LoadedT5(config, stream(abstract, table, folder, place and place(abstract)), tokenizer, folder)
+    return config, abstract, table, folder
 
 
 def encoder_folder(path: Path | str) -> TensorFolder:
@@ -143,9 +149,13 @@ def _tokenizer(path: Path, folder: TensorFolder) -> Tokenizer:
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise FileNotFoundError(f"no tokenizer.json in {', '.join(str(place) for place in places)}")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(found))
+    except Exception as error:  # the library raises no other
+        raise ValueError(f"{found} cannot be read as a tokenizer ({error}); {AGAIN}") from error
     eos = folder.settings.get("eos_token_id", 1)
     return Tokenizer(
-        tokenizers.Tokenizer.from_file(str(found)),
+        backend,
         tuple(eos) if isinstance(eos, list) else (eos,),
         folder.settings.get("pad_token_id", 0),
     )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rise_jax.models.dit import COORDINATES, FREQUENCIES, abstract_dit
+from rise_jax.models.dit import COORDINATES, EPS, FREQUENCIES, abstract_dit
 from rise_jax.placement import SHARD_BYTES, Place, check, save, stream
 from rise_jax.tensor_folder import DTYPES, TensorFolder
 from rise_jax.trees import named_leaves, nested, path_name
@@ -76,7 +76,7 @@ SIZES = {
         text_len="text_len",
     ),
 }
-DEFAULTS = dict(patch=(1, 2, 2), d_ctx=TEXT_WIDTH, text_len=TEXT_LEN, eps=1e-6)  # where the config is silent
+DEFAULTS = dict(patch=(1, 2, 2), d_ctx=TEXT_WIDTH, text_len=TEXT_LEN, eps=EPS)  # where the config is silent
 # Options of which the DiT has one value.
 ONLY = {
     "diffusers": dict(

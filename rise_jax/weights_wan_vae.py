@@ -69,12 +69,20 @@ def load_wan_vae(path: Path | str, config: WanVAEConfig = WAN_2_1, *, place: Any
       FileNotFoundError: naming the files that are missing. ValueError: an option that the VAE does not have, by its name;
         or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
     """
+    config, abstract, table, source = checked_wan_vae(path, config)
+    return LoadedWanVAE(config, stream(abstract, table, source, place and place(abstract)), source)
+
+
+def checked_wan_vae(
+    path: Path | str, config: WanVAEConfig = WAN_2_1
+) -> tuple[WanVAEConfig, dict, dict, TensorFile | TensorFolder]:
+    """(sizes, abstract leaves, table, weights still on disk) of what `load_wan_vae` loads, with the same arguments and errors."""
     config, source = open_wan_vae(path, config)
     abstract = WanVAE(config).abstract
     layout = "original" if "encoder.conv1.weight" in source.tensors else "diffusers"
     table = wan_vae_table(config, layout)
     check(abstract, table, source)
-    return LoadedWanVAE(config, stream(abstract, table, source, place and place(abstract)), source)
+    return config, abstract, table, source
 
 
 def open_wan_vae(path: Path | str, config: WanVAEConfig = WAN_2_1) -> tuple[WanVAEConfig, TensorFile | TensorFolder]:

@@ -49,7 +49,7 @@ def config_of(files, stage=1, **overrides):
     config.sample.update(frames=5)
     for name, value in overrides.items():
         group, key = name.split("__")
-        config[group][key] = value
+        (config.model.dit if group == "dit" else config[group])[key] = value
     return config
 
 
@@ -160,6 +160,28 @@ def test_missing_files_are_named(files, tmp_path, group, message):
         config.model[group].path = "/nowhere"
     with pytest.raises(FileNotFoundError, match=message):
         train(config, tmp_path / "run")
+
+
+def test_norms_of_another_epsilon_are_refused(files, tmp_path):
+    shutil.copytree(files / "wan", tmp_path / "wan")
+    written = tmp_path / "wan" / "transformer" / "config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"eps": 0.01}))
+    with pytest.raises(ValueError, match="model.dit.eps=1e-06, but 0.01 in"):
+        validate(config_of(files, dit__path=str(tmp_path / "wan")))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_tensors_that_do_not_fit_are_told_before_the_llm_works(files, tmp_path, part):
+    shutil.copytree(files / "wan", tmp_path / "wan")
+    file = tmp_path / "wan" / part / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    lost = sorted(tensors)[0]
+    safetensors.numpy.save_file({name: tensors[name] for name in tensors if name != lost}, file)
+    config = config_of(files)
+    (config.model.dit if part == "transformer" else config.model.vae).path = str(tmp_path / "wan")
+    with pytest.raises(ValueError, match=f"missing: {lost}"):
+        train(config, tmp_path / "run")
+    assert not {"captions.jsonl", "states.npz", "config.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_null_condition_of_another_width_is_refused(files, tmp_path):

@@ -233,6 +233,12 @@ def test_a_missing_file_is_named(copy, name):
         load_t5(copy)
 
 
+def test_a_damaged_tokenizer_is_named(copy):
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model/tokenizer\.json cannot be read as a tokenizer"):
+        load_t5(copy)
+
+
 def test_a_pipelines_folder_is_read(folders, tmp_path):
     shutil.copytree(folders["umt5"], tmp_path / "text_encoder")
     (tmp_path / "tokenizer").mkdir()

@@ -39,6 +39,15 @@ FAULTS = {
     "sample__seed": (-1, "sample.seed=-1"),
     "run__seed": (2**32, "run.seed=4294967296 must be at most 4294967295; nearest: 4294967295"),
     "model__adapter__heads": (0, "model.adapter.heads=0 must be at least 1; nearest: 1"),
+    "model__adapter__d_ctx": (0, "model.adapter.d_ctx=0 must be at least 1; nearest: 1"),
+    "model__adapter__registers": (-3, "model.adapter.registers=-3 must be at least 0; nearest: 0"),
+    "model__dit__depth": (0, "model.dit.depth=0 must be at least 1; nearest: 1"),
+    "model__dit__mlp_width": (0, "model.dit.mlp_width=0 must be at least 1; nearest: 1"),
+    "model__dit__low_rank": (-2, "model.dit.low_rank=-2 must be at least 0; nearest: 0"),
+    "model__llm__max_new": (0, "model.llm.max_new=0 must be at least 1; nearest: 1"),
+    "model__llm__max_prompt": (-1, "model.llm.max_prompt=-1 must be at least 1; nearest: 1"),
+    "model__native__length": (0, "model.native.length=0 must be at least 1; nearest: 1"),
+    "model__native__dtype": ("bfloat61", "model.native.dtype='bfloat61' is unknown .nearest: bfloat16"),
 }
 
 
@@ -47,6 +56,12 @@ def test_a_fault_is_named_with_the_nearest_choice(key, tmp_path):
     value, message = FAULTS[key]
     with pytest.raises(ValueError, match=message):
         validate(tiny_config(1, tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize("patch", [(1, 2), (1, 0, 2)])
+def test_a_patch_has_three_sizes(tmp_path, patch):
+    with pytest.raises(ValueError, match="must be three sizes >= 1: frames, rows, columns; nearest: .1, 2, 2."):
+        validate(tiny_config(1, tmp_path, model__dit__patch=patch))
 
 
 def test_all_faults_are_named_at_once(tmp_path):

@@ -19,6 +19,7 @@ from rise_jax.sharding import place_samples, place_tokens, sequence_padding
 TIME_SCALE = 1000.0  # published models take t in [0, 1000]
 FREQUENCIES = 256  # width of the time sinusoid, the same at every size
 COORDINATES = 14  # channels of `coordinate_channels`
+EPS = 1e-6  # of every norm, where nothing else is said
 
 
 def rope_table(frames: int, height: int, width: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +174,7 @@ class DiT(nnx.Module):
         depth: int,
         patch: tuple[int, int, int],
         text_len: int,
-        eps: float = 1e-6,
+        eps: float = EPS,
         remat: str = "none",
         unroll: bool = False,
         coordinates: bool = False,
