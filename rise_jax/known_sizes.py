@@ -67,6 +67,6 @@ def vae_sizes(path: str) -> tuple[Pixels | WanVAE, str]:
 
 def native_sizes(path: str) -> tuple[T5Config, str]:
     """Of `model.native.path`."""
-    if Path(path).exists():
+    if path and Path(path).exists():
         return t5_config(encoder_folder(path)), f"from {path}"
-    return UMT5_XXL, f"umT5-XXL's: {path} is not here"
+    return UMT5_XXL, f"umT5-XXL's: model.native.path={path!r} is not here"

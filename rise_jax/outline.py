@@ -1,5 +1,6 @@
 """A run by its shapes alone: the model, and abstract values of all that a training step or a sampler takes. Reads no weights."""
 
+import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -191,6 +192,10 @@ def _instruction_length(name: str) -> int:
     """Tokens of an instruction, about: a token per LETTERS letters, as its LLM's tokenizer may not be here."""
     file = INSTRUCTIONS / f"{name}.txt"
     file = file if file.is_file() else Path(name)
+    if not file.is_file():
+        shipped = sorted(path.stem for path in INSTRUCTIONS.glob("*.txt"))
+        near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)[0]
+        raise FileNotFoundError(f"model.llm.instruction={name!r} is no file; nearest of those shipped: {near}")
     return max(1, len(file.read_text(encoding="utf-8")) // LETTERS)
 
 

@@ -174,7 +174,9 @@ def _activations(config: ConfigDict, mesh: AbstractMesh, outlined: Outline, rows
         everything.model.dit.remat = "none"
         whole = _kept(everything, outline(everything), rows)
         within = memory.Bytes(*((a - b) // config.model.dit.depth for a, b in zip(whole, kept)))
-    parts = mesh.shape["context"] * mesh.shape["tensor"]
+    dit, tensor = config.model.dit, mesh.shape["tensor"]
+    divides = dit.heads % tensor == dit.mlp_width % tensor == 0  # where only one does, the larger figure is given
+    parts = mesh.shape["context"] * (tensor if divides else 1)
     return kept.other // mesh.shape["context"] + within.other // parts, (kept.scores + within.scores) // parts
 
 

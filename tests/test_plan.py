@@ -127,6 +127,10 @@ def test_the_mesh_shares_out_state_and_activations():
     ):
         assert split.phases[GRADIENT] - held == pytest.approx((one.phases[GRADIENT] - gradients) / 4, rel=0.02)
         assert split.scores[GRADIENT] == pytest.approx(one.scores[GRADIENT] / 4, rel=0.02)
+    heads = config.model.dit.heads
+    assert of(data=1, tensor=2 * heads + 1).phases[GRADIENT] >= one.phases[GRADIENT], (
+        "heads that do not divide stay whole"
+    )
     config.run.accumulate = 2
     halves = of()
     assert halves.phases[GRADIENT] - 2 * gradients == pytest.approx((one.phases[GRADIENT] - gradients) / 2, rel=0.02)
@@ -261,8 +265,11 @@ def test_faults_come_before_anything_is_traced(tmp_path):
         plan(config_of("stage2", "wan_1_3b", data__frames=8), tmp_path)
     with pytest.raises(ValueError, match=r"mesh sizes must be >= 1"):
         plan(config_of("stage2", "tiny", mesh__fsdp=0), tmp_path)
+    with pytest.raises(FileNotFoundError, match="model.llm.instruction='scnes' is no file; nearest .*: scenes"):
+        plan(config_of("stage2", "tiny", model__llm__instruction="scnes"), tmp_path)
 
 
 def test_sizes_of_parts_that_are_here_come_from_their_files(tmp_path):
     assert isinstance(known_sizes.vae_sizes("pixels")[0], Pixels)
     assert "is not here" in known_sizes.vae_sizes(str(tmp_path / "none"))[1]
+    assert "model.native.path='' is not here" in known_sizes.native_sizes("")[1]
