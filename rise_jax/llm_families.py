@@ -99,7 +99,17 @@ def folder_family(settings: dict, where: str) -> str:
 
 
 def folder_config(settings: dict, where: str) -> LLMConfig:
-    """What a config.json says, in transformers' spelling before and since its version 5."""
+    """What a config.json says, in transformers' spelling before and since its version 5.
+
+    ValueError names what is missing, and what this decoder does not have.
+    """
+    try:
+        return _folder_config(settings, where)
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: a setting has a type or a size that no model has ({error})") from error
+
+
+def _folder_config(settings: dict, where: str) -> LLMConfig:
     family = folder_family(settings, where)
     outer = {key: settings[key] for key in ("tie_word_embeddings", "quantization_config") if key in settings}
     found = _Settings({**DEFAULTS[family], **settings.get("text_config", settings), **outer}, "it lacks")
