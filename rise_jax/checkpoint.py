@@ -84,9 +84,7 @@ class Checkpoints:
         failed meanwhile.
         """
         self.wait()
-        jax.block_until_ready(
-            state
-        )  # on every device: what Orbax asks the other processes are programs with collectives
+        jax.block_until_ready(state)  # on every device: Orbax asks the other processes by programs with collectives
         if step in self.steps():
             return
         document = {"meta": meta, "leaves": _describe(state)}
