@@ -36,6 +36,9 @@ from rise_jax.trees import named_leaves
 
 pytestmark = pytest.mark.slow
 
+#: XLA's executor on CPU starts what comes after a loop before the collectives in the loop are done (launch/README.md), now and then.
+GLOO_MIXED_UP = "Received data size doesn't match expected size"
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -49,9 +52,15 @@ def test_one_process_survives(faults, lab):
 
 def test_two_processes_train_as_one_and_stop_together_when_one_is_told(lab):
     """From nothing on two, whose devices share the parameters; a signal to one; then to the end on one, with another mesh."""
-    run = lab.run("begun-by-two", processes=2, like=lab.undisturbed(1))
-    alone, run.flags = run.flags, [*run.flags, "--config.mesh.data=1", f"--config.mesh.fsdp={DEVICES}"]
-    stop_one(lab, run, random.Random(1))
+    for attempt in range(3):
+        run = lab.run(f"begun-by-two-{attempt}", processes=2, like=lab.undisturbed(1))
+        alone, run.flags = run.flags, [*run.flags, "--config.mesh.data=1", f"--config.mesh.fsdp={DEVICES}"]
+        try:
+            stop_one(lab, run, random.Random(1))
+            break
+        except AssertionError:
+            if attempt == 2 or GLOO_MIXED_UP not in run.said():
+                raise
     assert len(run.metrics()) < STEPS, "stopped too late to show anything"
     run.processes, run.flags = 1, alone
     run.finish()
