@@ -36,7 +36,7 @@ from rise_jax.trees import named_leaves
 
 pytestmark = pytest.mark.slow
 
-#: XLA's executor on CPU starts what comes after a loop before the collectives in the loop are done (launch/README.md), now and then.
+#: Now and then, on CPU, two all-gathers of one step change places in one of the processes (launch/README.md); why is not known.
 GLOO_MIXED_UP = "Received data size doesn't match expected size"
 
 
