@@ -1,15 +1,25 @@
-"""Which published families the decoder covers, and what their files say about them: config.json and GGUF headers -> LLMConfig.
+"""Which published families the decoder covers, and what their config.json says about them: settings -> LLMConfig.
 
-Everything that is missing or that the decoder does not have is said in one ValueError.
+Everything that is missing, impossible or unknown is said in one ValueError: an option that the decoder does not have may change what
+the model computes.
 """
 
-import math
-from collections.abc import Callable
-
-import numpy as np
-
-from rise_jax.models.llm import rope_frequencies
+from rise_jax.llm_ropes import SCALINGS
 from rise_jax.models.llm_config import LLMConfig
+from rise_jax.settings import (
+    ABOVE_0,
+    COMMON,
+    EVEN,
+    FLAG,
+    IDS,
+    OBJECT,
+    Kind,
+    check_settings,
+    list_of,
+    only,
+    raise_faults,
+    whole,
+)
 
 # What all models of a family share, beyond Llama.
 OPTIONS: dict[str, dict] = {
@@ -18,12 +28,13 @@ OPTIONS: dict[str, dict] = {
     "qwen3": {"qk_norm": True},
     "gemma3": {"qk_norm": True, "post_norms": True, "activation": "gelu_tanh"},
 }
+MULTIMODAL = "Gemma3ForConditionalGeneration"  # its text part is read
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3",
-    "Gemma3ForConditionalGeneration": "gemma3",  # its text part
+    MULTIMODAL: "gemma3",
 }
 # config.json leaves out what equals the default of transformers' config class.
 DEFAULTS = {
@@ -44,56 +55,73 @@ DEFAULTS = {
         sliding_window_pattern=6,
     ),
 }
-# Settings for which the decoder has one value; absent or null is that value.
-ONLY = {
-    "llama": dict(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_interleaved=False),
-    "qwen2": dict(hidden_act="silu", use_sliding_window=False, use_mrope=False),
-    "qwen3": dict(hidden_act="silu", attention_bias=False, use_sliding_window=False),
-    "gemma3": dict(
-        hidden_activation="gelu_pytorch_tanh",
-        attention_bias=False,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        use_bidirectional_attention=False,
-    ),
-}
-ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",), "qwen3": ("default",), "gemma3": ("default", "linear")}
+SIZES = ("hidden_size", "num_attention_heads", "vocab_size", "intermediate_size", "num_hidden_layers")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",), "qwen3": ("default",), "gemma3": ("default", "linear")}
 
-
-class _Settings:
-    """Values by key; what is missing (a 1 stands in for it) or not supported is collected until `check`."""
-
-    def __init__(self, values: dict, lacks: str):
-        self.values, self.lacks = values, lacks
-        self.missing: list[str] = []
-        self.unsupported: list[str] = []
-
-    def need(self, key: str):
-        if self.values.get(key) is None:
-            self.missing.append(key)
-            return 1
-        return self.values[key]
-
-    def get(self, key: str, default):
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def only(self, key: str, value, *supported):
-        if value not in supported:
-            self.unsupported.append(f"{key}={value!r} (supported: {' or '.join(map(repr, supported))})")
-
-    def check(self, where: str) -> None:
-        faults = [f"not supported: {', '.join(self.unsupported)}"] if self.unsupported else []
-        faults += [f"{self.lacks} {', '.join(self.missing)}"] if self.missing else []
-        if faults:
-            raise ValueError(f"{where}: {'; '.join(faults)}")
+# Keys of config.json. Where the decoder has one value, absent or null is that value.
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys((*SIZES, "num_key_value_heads", "max_position_embeddings"), whole()),
+    "head_dim": EVEN,
+    "rms_norm_eps": ABOVE_0,
+    "rope_theta": ABOVE_0,
+    "rope_scaling": OBJECT,
+    "rope_parameters": OBJECT,
+    "partial_rotary_factor": only(1),
+    "tie_word_embeddings": FLAG,
+    "layer_types": list_of(only("full_attention"), "types"),
+    "eos_token_id": IDS,
+    "quantization_config": only(None),
+    "is_encoder_decoder": only(False),
+    "add_cross_attention": only(False),
+    "pruned_heads": only({}),
+}
+_SILU = {"hidden_act": only("silu")}
+_NO_WINDOW = {"use_sliding_window": only(False), "sliding_window": whole(0), "max_window_layers": whole(0)}
+FAMILIES: dict[str, dict[str, Kind]] = {
+    "llama": _SILU
+    | {
+        "attention_bias": only(False),
+        "mlp_bias": only(False),
+        "pretraining_tp": only(1),
+        "rope_interleaved": only(False),
+        "is_llama_config": only(True),
+        "sliding_window": only(None),
+    },
+    "qwen2": _SILU | _NO_WINDOW | {"use_mrope": only(False)},
+    "qwen3": _SILU | _NO_WINDOW | {"attention_bias": only(False)},
+    "gemma3": {
+        "hidden_activation": only("gelu_pytorch_tanh"),
+        "hidden_act": only("gelu_pytorch_tanh"),
+        "attention_bias": only(False),
+        "attn_logit_softcapping": only(None),
+        "final_logit_softcapping": only(None),
+        "use_bidirectional_attention": only(False),
+        "query_pre_attn_scalar": ABOVE_0,
+        "sliding_window": whole(),
+        "sliding_window_pattern": whole(),
+        "rope_local_base_freq": ABOVE_0,
+        "layer_types": list_of(only(*LAYER_TYPES), "types"),
+        "rope_parameters.full_attention": OBJECT,
+        "rope_parameters.sliding_attention": OBJECT,
+    },
+}
+FREE = COMMON | {"is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder"}
+IMAGES = (
+    "boi_token",
+    "eoi_token",
+    "image_token",
+)  # of a multimodal model: their ids, and what else it has beside the text part
+OUTER = {"text_config": OBJECT, "tie_word_embeddings": FLAG, "eos_token_id": IDS, "quantization_config": only(None)}
+OUTER_FREE = FREE | {f"{name}_{key}" for name in IMAGES for key in ("id", "index")}
+OUTER_FREE |= {"vision_config", "mm_tokens_per_image", "is_encoder_decoder", "add_cross_attention", "pruned_heads"}
 
 
 def folder_family(settings: dict, where: str) -> str:
     """The family of a config.json; ValueError for an unknown architecture."""
     architectures = settings.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+    known = isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in list(ARCHITECTURES)
+    if not known:
         raise ValueError(f"{where}: architectures={architectures} is not supported; known: {list(ARCHITECTURES)}")
     return ARCHITECTURES[architectures[0]]
 
@@ -101,166 +129,122 @@ def folder_family(settings: dict, where: str) -> str:
 def folder_config(settings: dict, where: str) -> LLMConfig:
     """What a config.json says, in transformers' spelling before and since its version 5.
 
-    ValueError names what is missing, and what this decoder does not have.
+    ValueError names what is missing or of an impossible value, and every option that this decoder does not have or know.
     """
-    try:
-        return _folder_config(settings, where)
-    except (AttributeError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{where}: a setting has a type or a size that no model has ({error})") from error
-
-
-def _folder_config(settings: dict, where: str) -> LLMConfig:
     family = folder_family(settings, where)
-    outer = {key: settings[key] for key in ("tie_word_embeddings", "quantization_config") if key in settings}
-    found = _Settings({**DEFAULTS[family], **settings.get("text_config", settings), **outer}, "it lacks")
-    found.only("quantization_config", found.get("quantization_config", None), None)
-    for key, value in ONLY[family].items():
-        found.only(key, found.get(key, value), value)
-    width, heads = found.need("hidden_size"), found.need("num_attention_heads")
-    head_width = found.get("head_dim", width // heads)
-    ropes = {**found.get("rope_parameters", {})}
-    flat = {**({} if family == "gemma3" else ropes), **found.get("rope_scaling", {})}
+    values = DEFAULTS[family] | _text_settings(settings, where)
+    kinds = KINDS | FAMILIES[family] | _rope_kinds(family)
+    for key in [key for key, kind in kinds.items() if kind is OBJECT]:
+        values |= {f"{key}.{name}": value for name, value in _object(values.get(key)).items()}
+    place, rope = _rope(values, family)
+    _, names = SCALINGS.get(str(rope.get("rope_type")), SCALINGS["default"])
+    needed = [
+        *SIZES,
+        *(["query_pre_attn_scalar", "sliding_window", "sliding_window_pattern"] if family == "gemma3" else []),
+    ]
+    lacking = [f"{place}.{name}" for name in names if rope.get(name) is None]
+    check_settings(values, kinds, where, free=FREE, needed=[*needed, *lacking])
+    values = {key: value for key, value in values.items() if value is not None}
+    raise_faults([*_misfits(values), *_rope_misfits(place, rope)], where)
+    return _config(family, values, rope)
+
+
+def _text_settings(settings: dict, where: str) -> dict:
+    if settings["architectures"] != [MULTIMODAL]:
+        return settings
+    check_settings(settings, OUTER, where, free=OUTER_FREE)
+    outer = {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
+    return _object(settings.get("text_config")) | outer
+
+
+def _object(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _rope_kinds(family: str) -> dict[str, Kind]:
+    """Of the settings within `rope_scaling` and `rope_parameters`; Gemma has the latter by layer type."""
+    kinds = {
+        "rope_type": only(*ROPES[family]),
+        "type": only(*ROPES[family]),
+        "rope_theta": ABOVE_0,
+        "factor": ABOVE_0,
+        "low_freq_factor": ABOVE_0,
+        "high_freq_factor": ABOVE_0,
+        "original_max_position_embeddings": whole(),
+        "partial_rotary_factor": only(1),
+    }
+    places = ("rope_scaling", "rope_parameters.full_attention" if family == "gemma3" else "rope_parameters")
+    found = {f"{place}.{name}": kind for place in places for name, kind in kinds.items()}
     if family == "gemma3":
-        more = _gemma3(found, width, ropes.get("sliding_attention") or {})
-        flat = {**(ropes.get("full_attention") or {}), **flat}
-    else:
-        for kind in sorted(set(found.get("layer_types", ()))):
-            found.only("layer_types", kind, "full_attention")
-        more = {}
-    base = float(flat.get("rope_theta") or found.get("rope_theta", 1e6 if family == "gemma3" else 1e4))
-    config = LLMConfig(
-        vocab=found.need("vocab_size"),
+        local = "rope_parameters.sliding_attention"
+        found |= {f"{local}.{name}": kind for name, kind in kinds.items()}
+        found |= {f"{local}.{name}": only("default") for name in ("rope_type", "type")}
+    return found
+
+
+def _rope(values: dict, family: str) -> tuple[str, dict]:
+    """(where they stand, settings of the rotary positions of layers that are not local)"""
+    place = "rope_parameters.full_attention" if family == "gemma3" else "rope_parameters"
+    given, older = _object(values.get(place)), _object(values.get("rope_scaling"))
+    rope = {"original_max_position_embeddings": values.get("max_position_embeddings"), **given, **older}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return ("rope_scaling" if older else place), rope
+
+
+def _misfits(values: dict) -> list[str]:
+    """Sizes that do not belong together."""
+    faults = []
+    width, heads, depth = (values[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads, types = values.get("num_key_value_heads", heads), values.get("layer_types")
+    if "head_dim" not in values and width % (2 * heads):
+        faults.append(
+            f"hidden_size={width} over num_attention_heads={heads} gives no even head width, and head_dim is not there"
+        )
+    if heads % kv_heads:
+        faults.append(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    if types and len(types) != depth:
+        faults.append(f"not supported: len(layer_types)={len(types)} (supported: num_hidden_layers={depth})")
+    return faults
+
+
+def _rope_misfits(place: str, rope: dict) -> list[str]:
+    low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    if rope["rope_type"] != "llama3" or low < high:
+        return []
+    return [f"not supported: {place}.high_freq_factor={high} (must be above low_freq_factor={low})"]
+
+
+def _config(family: str, values: dict, rope: dict) -> LLMConfig:
+    """Of values that are there and fit."""
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    head_width = values.get("head_dim", width // heads)
+    base = float(rope.get("rope_theta") or values.get("rope_theta", 1e6 if family == "gemma3" else 1e4))
+    scale, names = SCALINGS[rope["rope_type"]]
+    return LLMConfig(
+        vocab=values["vocab_size"],
         width=width,
-        mlp_width=found.need("intermediate_size"),
-        depth=found.need("num_hidden_layers"),
+        mlp_width=values["intermediate_size"],
+        depth=values["num_hidden_layers"],
         heads=heads,
-        kv_heads=found.get("num_key_value_heads", heads),
+        kv_heads=values.get("num_key_value_heads", heads),
         head_width=head_width,
         rope_base=base,
-        rope_divisors=_divisors(found, flat, ROPES[family], base, head_width),
-        norm_eps=found.get("rms_norm_eps", 1e-6),
-        tied=found.get("tie_word_embeddings", False),
+        rope_divisors=scale(base, head_width, *(rope[name] for name in names)),
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        tied=values.get("tie_word_embeddings", False),
         **OPTIONS[family],
-        **more,
+        **(_gemma3(values) if family == "gemma3" else {}),
     )
-    found.check(where)
-    return config
 
 
-def _gemma3(found: _Settings, width: int, local_rope: dict) -> dict:
-    depth, period = found.need("num_hidden_layers"), found.need("sliding_window_pattern")
-    types = found.get("layer_types", [LAYER_TYPES[(i + 1) % period > 0] for i in range(depth)])
-    found.only("len(layer_types)", len(types), depth)
-    for kind in sorted(set(types)):
-        found.only("layer_types", kind, *LAYER_TYPES)
-    found.only("rope_parameters.sliding_attention.rope_type", local_rope.get("rope_type", "default"), "default")
+def _gemma3(values: dict) -> dict:
+    period = values["sliding_window_pattern"]
+    pattern = [LAYER_TYPES[(i + 1) % period > 0] for i in range(values["num_hidden_layers"])]
+    local_base = values.get("rope_parameters.sliding_attention.rope_theta") or values.get("rope_local_base_freq", 1e4)
     return dict(
-        embed_scale=width**0.5,
-        query_scale=found.need("query_pre_attn_scalar") ** -0.5,
-        local=tuple(kind == "sliding_attention" for kind in types),
-        window=found.need("sliding_window"),
-        local_rope_base=float(local_rope.get("rope_theta") or found.get("rope_local_base_freq", 1e4)),
-    )
-
-
-def _divisors(found: _Settings, rope: dict, kinds: tuple, base: float, head_width: int) -> tuple[float, ...]:
-    """`rope_divisors` of a `rope_scaling` (or `rope_parameters`) entry."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    found.only("rope_type", kind, *kinds)
-    found.only("partial_rotary_factor", rope.get("partial_rotary_factor") or found.get("partial_rotary_factor", 1), 1)
-    if kind not in kinds or kind == "default":
-        return ()
-    make, names = SCALINGS[kind]
-    rope = {"original_max_position_embeddings": found.get("max_position_embeddings", None), **rope}
-    missing = [f"rope_scaling.{name}" for name in names if rope.get(name) is None]
-    found.missing += missing
-    return () if missing else make(base, head_width, *(rope[name] for name in names))
-
-
-def linear_divisors(base: float, head_width: int, factor: float) -> tuple[float, ...]:
-    """Every position divided by `factor` (arXiv 2306.15595)."""
-    return (float(factor),) * (head_width // 2)
-
-
-def llama3_divisors(
-    base: float, head_width: int, factor: float, low: float, high: float, original: int
-) -> tuple[float, ...]:
-    """Llama 3.1's scaling: wavelengths above `original` / low are stretched by `factor`, those below `original` / high not at all.
-
-    Between the two the frequencies are mixed linearly in `original` / wavelength (`apply_scaling` in Meta's llama-models).
-    """
-    # In fp32, in transformers' order: published models have these roundings, and they grow with the position.
-    frequencies = rope_frequencies(head_width, base)
-    wavelengths = np.float32(2 * math.pi) / frequencies
-    kept = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
-    mixed = (1 - kept) * frequencies / np.float32(factor) + kept * frequencies
-    stretched = np.where(wavelengths > original / low, frequencies / np.float32(factor), mixed)
-    scaled = np.where(wavelengths < original / high, frequencies, stretched)
-    return tuple((frequencies.astype(np.float64) / scaled).tolist())
-
-
-SCALINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "linear": (linear_divisors, ("factor",)),
-    "llama3": (
-        llama3_divisors,
-        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    ),
-}
-
-
-def gguf_family(fields: dict, where: str) -> str:
-    """The family of a GGUF header; ValueError for an unknown architecture."""
-    architecture = fields.get("general.architecture")
-    if architecture not in OPTIONS:
-        raise ValueError(
-            f"{where}: architecture {architecture!r} is not supported; known: {', '.join(map(repr, OPTIONS))}"
-        )
-    return architecture
-
-
-def gguf_config(fields: dict, divisors: tuple[float, ...], tied: bool, where: str) -> LLMConfig:
-    """What a GGUF header (llama.cpp's convert_hf_to_gguf.py) says; `divisors` are the tensor `rope_freqs.weight`."""
-    family = gguf_family(fields, where)
-    found = _Settings(fields, "the header lacks")
-    key = f"{family}.{{}}".format
-    width, heads = found.need(key("embedding_length")), found.need(key("attention.head_count"))
-    head_width = found.get(key("attention.key_length"), found.get(key("rope.dimension_count"), width // heads))
-    found.only(key("rope.dimension_count"), found.get(key("rope.dimension_count"), head_width), head_width)
-    scaling, scalable = key("rope.scaling.type"), ("none", "linear") if family == "gemma3" else ("none",)
-    found.only(scaling, found.get(scaling, "none"), *scalable)
-    if found.get(scaling, "none") == "linear":
-        divisors = linear_divisors(0, head_width, found.need(key("rope.scaling.factor")))
-    config = LLMConfig(
-        vocab=len(found.get("tokenizer.ggml.tokens", ())),
-        width=width,
-        mlp_width=found.need(key("feed_forward_length")),
-        depth=found.need(key("block_count")),
-        heads=heads,
-        kv_heads=found.get(key("attention.head_count_kv"), heads),
-        head_width=head_width,
-        rope_base=found.get(key("rope.freq_base"), 10_000.0),
-        rope_divisors=divisors,
-        norm_eps=found.need(key("attention.layer_norm_rms_epsilon")),
-        tied=tied,
-        **OPTIONS[family],
-        **(_gemma3_of_gguf(found, key, width, heads, head_width) if family == "gemma3" else {}),
-    )
-    found.need("tokenizer.ggml.tokens")
-    found.check(where)
-    return config
-
-
-def _gemma3_of_gguf(found: _Settings, key: Callable, width: int, heads: int, head_width: int) -> dict:
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        found.only(key(name), found.get(key(name), None), None)
-    depth, pattern = found.need(key("block_count")), found.get(key("attention.sliding_window_pattern"), 6)
-    local = [(i + 1) % pattern > 0 for i in range(depth)] if isinstance(pattern, int) else pattern
-    # The header does not have query_pre_attn_scalar: llama.cpp, too, knows the 27B model by its depth.
-    scalar = width / heads if depth == 62 else head_width
-    return dict(
-        embed_scale=width**0.5,
-        query_scale=scalar**-0.5,
-        local=tuple(map(bool, local)),
-        window=found.need(key("attention.sliding_window")),
-        local_rope_base=found.get(key("rope.freq_base_swa"), 10_000.0),
+        embed_scale=values["hidden_size"] ** 0.5,
+        query_scale=values["query_pre_attn_scalar"] ** -0.5,
+        local=tuple(kind == "sliding_attention" for kind in values.get("layer_types", pattern)),
+        window=values["sliding_window"],
+        local_rope_base=float(local_base),
     )

@@ -9,7 +9,8 @@ import numpy as np
 import safetensors
 
 from rise_jax.gguf_tokenizer import tokenizer_from_gguf
-from rise_jax.llm_families import folder_config, folder_family, gguf_config, gguf_family
+from rise_jax.llm_families import folder_config, folder_family
+from rise_jax.llm_gguf import gguf_config, gguf_family
 from rise_jax.models.llm_config import LLMConfig
 from rise_jax.tensor_folder import AGAIN, DTYPES, parsed, shard_names
 from rise_jax.text import Tokenizer
@@ -107,7 +108,7 @@ class FolderFile:
 
     def tokenizer(self) -> Tokenizer:
         generation = self._json("generation_config.json") if (self.path / "generation_config.json").is_file() else {}
-        settings = {**self._settings.get("text_config", {}), **self._settings, **generation}
+        settings = {**(self._settings.get("text_config") or {}), **self._settings, **generation}
         ends = settings.get("eos_token_id")
         return Tokenizer.from_folder(self.path, ends if isinstance(ends, list) else [ends])
 

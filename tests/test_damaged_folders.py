@@ -69,20 +69,3 @@ def test_a_config_that_is_no_object(llm, read):
     (llm / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="config.json holds no JSON object but list"):
         read(llm)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        dict(rope_scaling="yarn"),
-        dict(rope_parameters=[1]),
-        dict(num_attention_heads=0, head_dim=None),
-        dict(num_attention_heads="3", head_dim=None),
-    ],
-    ids=str,
-)
-def test_a_setting_of_no_possible_type_or_size(llm, setting):
-    file = llm / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
-    with pytest.raises(ValueError, match="config.json: a setting has a type or a size that no model has"):
-        load_llm(llm)
