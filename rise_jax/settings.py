@@ -68,10 +68,9 @@ def check_settings(
     *,
     free: Collection[str],
     needed: Iterable[str] = (),
-    more: Iterable[str] = (),
 ) -> None:
     """Raises one ValueError with a line for every key of `values` that is neither in `kinds` nor `free`, every value that is not of
-    its kind, and what is missing of the `needed`; `more` are faults found elsewhere.
+    its kind, and what is missing of the `needed`.
 
     Keys that begin with _ are the writing program's own, and a null beside an unknown key asks for nothing.
     """
@@ -81,7 +80,7 @@ def check_settings(
         if key not in known and value is not None and not key.startswith("_"):
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
             faults.append(f"{key}={_shown(value)} (unknown; nearest: {near}; delete it if the model does without)")
-    faults = [f"not supported: {fault}" for fault in (*more, *faults)]
+    faults = [f"not supported: {fault}" for fault in faults]
     if missing := [key for key in needed if values.get(key) is None]:
         faults.append(f"it lacks {', '.join(missing)}")
     raise_faults(faults, where)

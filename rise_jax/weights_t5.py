@@ -14,6 +14,7 @@ import tokenizers
 
 from rise_jax.models.t5 import T5Config, make_t5
 from rise_jax.placement import Place, check, stream
+from rise_jax.settings import ABOVE_0, COMMON, IDS, check_settings, only, raise_faults, whole
 from rise_jax.tensor_folder import AGAIN, TensorFolder
 from rise_jax.text import Tokenizer, right_pad
 from rise_jax.trees import named_leaves
@@ -36,11 +37,37 @@ NAMES = {
 }
 TIED = "encoder.embed_tokens.weight"  # a second name of the embedding
 IGNORED = ("decoder.", "lm_head.", TIED)  # what else a whole T5's folder holds
-ONLY = dict(feed_forward_proj="gated-gelu", dense_act_fn="gelu_new", is_gated_act=True, is_decoder=False)
 # Field of T5Config -> its key in config.json.
 SIZES = dict(
     vocab="vocab_size", width="d_model", mlp_width="d_ff", depth="num_layers", heads="num_heads", head_width="d_kv"
 )
+KINDS = dict.fromkeys(SIZES.values(), whole()) | dict(
+    relative_attention_num_buckets=whole(4),  # near and far ones, on either side
+    relative_attention_max_distance=whole(),
+    layer_norm_epsilon=ABOVE_0,
+    feed_forward_proj=only("gated-gelu"),
+    dense_act_fn=only("gelu_new"),
+    is_gated_act=only(True),
+    is_decoder=only(False),
+    add_cross_attention=only(False),
+    pruned_heads=only({}),
+    quantization_config=only(None),
+    eos_token_id=IDS,
+    pad_token_id=whole(0),
+)
+# What the encoder does without: the decoder's and old writers' settings, and a name for umT5's biases that nothing reads.
+FREE = COMMON | {
+    "is_encoder_decoder",
+    "num_decoder_layers",
+    "tie_word_embeddings",
+    "tie_encoder_decoder",
+    "scale_decoder_outputs",
+    "cross_attention_hidden_size",
+    "n_positions",
+    "output_past",
+    "scalable_attention",
+    "gradient_checkpointing",
+}
 
 
 class LoadedT5(NamedTuple):
@@ -118,27 +145,25 @@ def t5_table(tree: dict) -> dict[str, Place]:
 
 
 def t5_config(folder: TensorFolder) -> T5Config:
-    """From config.json; ValueError names every setting that this encoder does not have."""
+    """From config.json; ValueError names every setting that this encoder does not have or know, or of an impossible value."""
     settings, where = folder.settings, f"{folder.path}/config.json"
     kind = settings.get("model_type")
     if kind not in ("t5", "umt5"):
         raise ValueError(f"{where}: model_type={kind!r} is not supported; known: t5, umt5")
     proj = "gated-gelu" if kind == "umt5" else "relu"  # where transformers' config is silent
-    found = {"feed_forward_proj": proj} | settings
-    wrong = [
-        f"{key}={found[key]!r} (supported: {only!r})" for key, only in ONLY.items() if found.get(key, only) != only
-    ]
-    if wrong:
-        raise ValueError(f"{where}: not supported: {', '.join(wrong)}")
-    lacking = [key for key in SIZES.values() if key not in settings]
-    if lacking:
-        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    found = {"feed_forward_proj": proj} | {key: value for key, value in settings.items() if value is not None}
+    check_settings(found, KINDS, where, free=FREE, needed=SIZES.values())
+    buckets = found.get("relative_attention_num_buckets", 32)
+    max_distance = found.get("relative_attention_max_distance", 128)
+    if max_distance <= buckets // 4:
+        fault = f"relative_attention_max_distance={max_distance} (must be > {buckets // 4}: {buckets} buckets)"
+        raise_faults([f"not supported: {fault}"], where)
     return T5Config(
-        **{size: settings[key] for size, key in SIZES.items()},
+        **{size: found[key] for size, key in SIZES.items()},
         shared_bias=kind == "t5",
-        buckets=settings.get("relative_attention_num_buckets", 32),
-        max_distance=settings.get("relative_attention_max_distance", 128),
-        norm_eps=settings.get("layer_norm_epsilon", 1e-6),
+        buckets=buckets,
+        max_distance=max_distance,
+        norm_eps=found.get("layer_norm_epsilon", 1e-6),
     )
 
 
@@ -153,9 +178,6 @@ def _tokenizer(path: Path, folder: TensorFolder) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(found))
     except Exception as error:  # the library raises no other
         raise ValueError(f"{found} cannot be read as a tokenizer ({error}); {AGAIN}") from error
-    eos = folder.settings.get("eos_token_id", 1)
-    return Tokenizer(
-        backend,
-        tuple(eos) if isinstance(eos, list) else (eos,),
-        folder.settings.get("pad_token_id", 0),
-    )
+    given = {key: value for key, value in folder.settings.items() if value is not None}
+    eos = given.get("eos_token_id", 1)
+    return Tokenizer(backend, tuple(eos) if isinstance(eos, list) else (eos,), given.get("pad_token_id", 0))

@@ -13,6 +13,7 @@ import numpy as np
 
 from rise_jax.models.dit import COORDINATES, EPS, FREQUENCIES, abstract_dit
 from rise_jax.placement import SHARD_BYTES, Place, check, save, stream
+from rise_jax.settings import ABOVE_0, EVEN, check_settings, list_of, only, raise_faults, whole
 from rise_jax.tensor_folder import DTYPES, TensorFolder
 from rise_jax.trees import named_leaves, nested, path_name
 
@@ -90,6 +91,12 @@ ONLY = {
     "original": dict(freq_dim=FREQUENCIES, model_type="t2v", cross_attn_norm=True, qk_norm=True, window_size=[-1, -1]),
 }
 FREE = {"rope_max_seq_len": 1024}  # length of a table that is computed here as far as it is used
+OTHER_KINDS = {"eps": ABOVE_0, "patch_size": list_of(whole(), "whole numbers >= 1", 3), "attention_head_dim": EVEN}
+KINDS = {
+    layout: {key: OTHER_KINDS.get(key, whole()) for key in sizes}
+    | {key: only(value, nullable=False) for key, value in ONLY[layout].items()}
+    for layout, sizes in SIZES.items()
+}
 
 
 class LoadedDiT(NamedTuple):
@@ -163,27 +170,28 @@ def wan_table(tree: dict, patch: tuple[int, int, int], layout: str) -> dict[str,
 
 
 def wan_sizes(folder: TensorFolder) -> tuple[dict, str]:
-    """(keyword arguments of DiT, layout) from config.json; ValueError names every setting that the DiT does not have."""
+    """(keyword arguments of DiT, layout) from config.json; ValueError names every setting that the DiT does not have or know."""
     settings, where = folder.settings, f"{folder.path}/config.json"
     layout = LAYOUTS.get(settings.get("_class_name"))
     if layout is None:
         raise ValueError(
             f"{where}: _class_name={settings.get('_class_name')!r} is not supported; known: {', '.join(LAYOUTS)}"
         )
-    _refuse_others(settings, layout, where)
     given = {size: settings[key] for key, size in SIZES[layout].items() if settings.get(key) is not None}
     lacking = [key for key, size in SIZES[layout].items() if size not in given | DEFAULTS | {"channels": 0}]
-    if lacking:
-        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    check_settings(settings, KINDS[layout], where, free=FREE, needed=lacking)
     sizes = DEFAULTS | {"channels": given["in_channels"]} | given
     inward, head_width = sizes.pop("in_channels"), sizes.pop("head_width", None)
-    extra = inward - sizes["channels"]
+    width, extra = sizes.get("width") or sizes["heads"] * head_width, inward - sizes["channels"]
+    misfits = []
     if extra not in (0, COORDINATES):
-        raise ValueError(
-            f"{where}: {inward} channels in and {sizes['channels']} out are not supported: "
+        misfits.append(
+            f"{inward} channels in and {sizes['channels']} out are not supported: "
             f"equal numbers are (Wan), or {COORDINATES} more (coordinates, models/dit.py)"
         )
-    width = sizes.get("width") or sizes["heads"] * head_width
+    if width % (2 * sizes["heads"]):
+        misfits.append(f"dim={width} over num_heads={sizes['heads']} gives no even head width")
+    raise_faults(misfits, where)
     return sizes | dict(width=width, patch=tuple(sizes["patch"]), coordinates=extra > 0), layout
 
 
@@ -197,19 +205,6 @@ def _as_stored(abstract: dict, table: dict[str, Place], folder: TensorFolder) ->
     dtypes = {place.path: DTYPES[folder.tensors[name].dtype] for name, place in table.items()}
     leaves = named_leaves(abstract)
     return nested({path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()})
-
-
-def _refuse_others(settings: dict, layout: str, where: str) -> None:
-    only = ONLY[layout]
-    found = [
-        f"{key}={settings[key]!r} (supported: {value!r})"
-        for key, value in only.items()
-        if settings.get(key, value) != value
-    ]
-    known = {*SIZES[layout], *only, *FREE}
-    found += [f"{key}={value!r} (unknown)" for key, value in settings.items() if key not in known and key[0] != "_"]
-    if found:
-        raise ValueError(f"{where}: not supported: {', '.join(found)}")
 
 
 def _settings(sizes: dict) -> dict:

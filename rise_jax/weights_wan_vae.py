@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from rise_jax.models.wan_vae import COLOURS, WAN_2_1, WanVAE, WanVAEConfig
 from rise_jax.placement import Place, check, save, stream
+from rise_jax.settings import ABOVE_0, FLAG, NUMBER, check_settings, list_of, only, raise_faults, whole
 from rise_jax.tensor_folder import TensorFile, TensorFolder
 from rise_jax.trees import named_leaves
 
@@ -48,6 +49,17 @@ SIZES = dict(
 )
 # Options of which this VAE has one value.
 ONLY = dict(attn_scales=[], is_residual=False, patch_size=None, in_channels=COLOURS, out_channels=COLOURS)
+FREE = ("dropout", "scale_factor_temporal", "scale_factor_spatial")  # of training, and what follows from the sizes
+KINDS = dict(
+    base_dim=whole(),
+    dim_mult=list_of(whole(), "whole numbers >= 1"),
+    num_res_blocks=whole(),
+    z_dim=whole(),
+    temperal_downsample=list_of(FLAG, "true or false"),
+    latents_mean=list_of(NUMBER, "numbers"),
+    latents_std=list_of(ABOVE_0, "numbers > 0"),
+    **{key: only(value, nullable=False) for key, value in ONLY.items()},
+)
 
 
 class LoadedWanVAE(NamedTuple):
@@ -105,17 +117,21 @@ def save_wan_vae(params: dict, config: WanVAEConfig, folder: Path | str) -> None
 
 
 def wan_vae_config(folder: TensorFolder) -> WanVAEConfig:
-    """Sizes from config.json; ValueError names every setting that this VAE does not have."""
+    """Sizes from config.json; ValueError names every setting that this VAE does not have or know."""
     settings, where = folder.settings, f"{folder.path}/config.json"
-    width = settings.get("base_dim")
-    only = {"_class_name": CLASS, **ONLY, "decoder_base_dim": width}
-    found = {"_class_name": None, **{key: settings[key] for key in only if key in settings}}
-    found["decoder_base_dim"] = found.get("decoder_base_dim") or width
-    wrong = [f"{key}={value!r} (supported: {only[key]!r})" for key, value in found.items() if value != only[key]]
-    if wrong:
-        raise ValueError(f"{where}: not supported: {', '.join(wrong)}")
-    if lacking := [key for key in SIZES if key not in settings]:
-        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    if (found := settings.get("_class_name")) != CLASS:
+        raise ValueError(f"{where}: _class_name={found!r} is not supported; known: {CLASS}")
+    kinds = KINDS | {"decoder_base_dim": only(settings.get("base_dim"))}
+    check_settings(settings, kinds, where, free=FREE, needed=SIZES)
+    stages, channels = len(settings["dim_mult"]), settings["z_dim"]
+    lengths = {"temperal_downsample": stages - 1, "latents_mean": channels, "latents_std": channels}
+    misfits = [
+        f"not supported: len({key})={len(settings[key])} (must be {length}: "
+        f"{f'len(dim_mult)={stages}' if key == 'temperal_downsample' else f'z_dim={channels}'})"
+        for key, length in lengths.items()
+        if len(settings[key]) != length
+    ]
+    raise_faults(misfits, where)
     sizes = {size: settings[key] for key, size in SIZES.items()}
     return WanVAEConfig(**{size: tuple(value) if isinstance(value, list) else value for size, value in sizes.items()})
 

@@ -321,3 +321,57 @@ T5_V1_1_XXL = dict(
     use_cache=True,
     vocab_size=32128,
 )
+DIT = dict(
+    _class_name="WanTransformer3DModel",
+    _diffusers_version="0.33.0.dev0",
+    added_kv_proj_dim=None,
+    attention_head_dim=128,
+    cross_attn_norm=True,
+    eps=1e-06,
+    ffn_dim=8960,
+    freq_dim=256,
+    image_dim=None,
+    in_channels=16,
+    num_attention_heads=12,
+    num_layers=30,
+    out_channels=16,
+    patch_size=[1, 2, 2],
+    qk_norm="rms_norm_across_heads",
+    rope_max_seq_len=1024,
+    text_dim=4096,
+)
+DIT_ORIGINAL = dict(
+    _class_name="WanModel",
+    _diffusers_version="0.30.0",
+    dim=1536,
+    eps=1e-06,
+    ffn_dim=8960,
+    freq_dim=256,
+    in_dim=16,
+    model_type="t2v",
+    num_heads=12,
+    num_layers=30,
+    out_dim=16,
+    text_len=512,
+)
+# fmt: off
+VAE = dict(
+    _class_name="AutoencoderKLWan",
+    _diffusers_version="0.33.0.dev0",
+    attn_scales=[],
+    base_dim=96,
+    dim_mult=[1, 2, 4, 4],
+    dropout=0.0,
+    latents_mean=[
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ],
+    latents_std=[
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
+    ],
+    num_res_blocks=2,
+    temperal_downsample=[False, True, True],
+    z_dim=16,
+)
+# fmt: on

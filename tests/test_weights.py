@@ -257,10 +257,10 @@ def test_an_altered_embedded_file_is_refused(tmp_path, monkeypatch):
     ("setting", "message"),
     [
         (dict(architectures=["OPTForCausalLM"]), "OPTForCausalLM.*not supported; known: .'LlamaForCausalLM'"),
-        (dict(attention_bias=True, mlp_bias=True), "attention_bias=True .supported: False., mlp_bias=True"),
+        (dict(attention_bias=True, mlp_bias=True), "(?s)attention_bias=True .supported: False..*mlp_bias=True"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 5e5}), "rope_type='yarn'"),
-        (dict(rope_scaling={"type": "linear", "factor": 2}, rope_parameters=None), "rope_type='linear'"),
+        (dict(rope_scaling={"type": "linear", "factor": 2}, rope_parameters=None), "rope_scaling.type='linear'"),
     ],
 )
 def test_what_the_decoder_lacks_is_refused_by_name(copy, setting, message):
@@ -275,7 +275,7 @@ def test_a_gguf_without_tokenizer_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"the header lacks llama\.embedding_length"):
+    with pytest.raises(ValueError, match=r"m\.gguf: it lacks llama\.embedding_length"):
         load_llm(tmp_path / "m.gguf")
 
 

@@ -109,7 +109,7 @@ def test_a_broken_config_says_so(copy):
         ),
         (
             dict(qk_norm="layer_norm", image_dim=1280),
-            "qk_norm='layer_norm' .supported: 'rms_norm_across_heads'., image_dim=1280",
+            "(?s)qk_norm='layer_norm' .supported: 'rms_norm_across_heads'..*image_dim=1280",
         ),
         (dict(freq_dim=128), "freq_dim=128 .supported: 256"),
         (dict(cross_attn_norm=False), "cross_attn_norm=False .supported: True"),

@@ -164,17 +164,17 @@ def test_paths_that_lead_nowhere(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(_class_name="AutoencoderKL"), "_class_name='AutoencoderKL' .supported: 'AutoencoderKLWan'."),
-        (dict(is_residual=True, patch_size=2), "is_residual=True .supported: False., patch_size=2 .supported: None."),
+        (dict(_class_name="AutoencoderKL"), "_class_name='AutoencoderKL' is not supported; known: AutoencoderKLWan"),
+        (dict(is_residual=True, patch_size=2), "is_residual=True .supported: False..*patch_size=2 .supported: None."),
         (dict(attn_scales=[0.5]), "attn_scales=.0.5."),
         (dict(decoder_base_dim=12), "decoder_base_dim=12 .supported: 6."),
-        (dict(in_channels=12, out_channels=12), "in_channels=12 .supported: 3., out_channels=12 .supported: 3."),
+        (dict(in_channels=12, out_channels=12), "in_channels=12 .supported: 3..*out_channels=12 .supported: 3."),
     ],
 )
 def test_what_this_autoencoder_lacks_is_refused_by_name(copy, settings, message):
     path = copy / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-    with pytest.raises(ValueError, match=f"config.json: not supported: .*{message}"):
+    with pytest.raises(ValueError, match=f"(?s)config.json:.*{message}"):
         load_wan_vae(copy)
 
 
@@ -184,5 +184,5 @@ def test_a_config_without_a_size(copy, key):
     settings = json.loads(path.read_text())
     del settings[key]
     path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=f"config.json lacks {key}"):
+    with pytest.raises(ValueError, match=f"config.json: it lacks {key}"):
         load_wan_vae(copy)
