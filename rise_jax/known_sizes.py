@@ -13,7 +13,7 @@ from rise_jax.models.t5 import T5Config
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
 from rise_jax.published import PIXELS, open_vae
-from rise_jax.weights import EMBEDDED, open_weights
+from rise_jax.weights import EMBEDDED, checked_llm
 from rise_jax.weights_t5 import encoder_folder, t5_config
 
 _qwen2 = partial(LLMConfig, vocab=151_936, head_width=128, **OPTIONS["qwen2"])
@@ -42,11 +42,12 @@ UMT5_XXL = T5Config(
 
 
 def llm_sizes(path: str) -> tuple[LLMConfig, str]:
-    """Of `model.llm.path`. ValueError for a path that is not there and whose name is none of LLMS."""
+    """Of `model.llm.path`. ValueError for files that `load_llm` would refuse, or a path that is not there and whose name is none of
+    LLMS."""
     if path == EMBEDDED:
         return LLMS[EMBEDDED_LLM], f"those of {EMBEDDED_LLM}-Instruct"
     if Path(path).exists():
-        return open_weights(path).config(), f"from {path}"
+        return checked_llm(path)[1], f"from {path}"
     name = Path(path).name.removesuffix("-Instruct")
     if name not in LLMS:
         near = difflib.get_close_matches(name, LLMS, n=1, cutoff=0.0)[0]

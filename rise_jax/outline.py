@@ -42,12 +42,13 @@ class Text(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """Trees are of ShapeDtypeStructs. `notes`: part -> where its sizes are from. `native` is {} where no native null is asked for."""
+    """Trees are of ShapeDtypeStructs. `notes`: part -> where its sizes are from. `native`: the encoder that a new run
+    asks for its null condition or its calibration; None where it asks for neither."""
 
     model: Model
     text: Text
     vae: dict
-    native: dict
+    native: Text | None
     optimizer: Any
     trainable: dict
     frozen: dict  # of the model's own leaves
@@ -64,10 +65,7 @@ def outline(config: ConfigDict, backend: Backend = XLA) -> Outline:
     vae, vae_note = known_sizes.vae_sizes(config.model.vae.path)
     text = _native(config) if config.model.condition == NATIVE else _llm(config)
     notes = {"text model": text.note, "DiT": _dit_note(config.model.dit.path), "VAE": vae_note}
-    native = {}
-    if config.model.null == NATIVE:
-        sizes, notes["native encoder"] = known_sizes.native_sizes(config.model.native.path)
-        native = make_t5(sizes, jnp.dtype(config.model.native.dtype))[1]
+    native = _native(config) if config.model.null == NATIVE or config.model.calibrate else None
     states = text.states if config.data.states == "in_step" else states_in_batch
     model = model_from(_with_null(config.model), text.width, states, vae=vae, backend=backend)
     trainable, frozen = partition(model.abstract, list(config.model.trainable))

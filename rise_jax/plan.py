@@ -19,6 +19,8 @@ from rise_jax.flops import count_flops, step_flops
 from rise_jax.models.attention import Backend
 from rise_jax.outline import Outline, drawn, outline, sampler_arguments, step_arguments
 from rise_jax.pipeline import make_videos
+from rise_jax.published import CAPTIONS, check_files
+from rise_jax.runs import check_start, has_begun
 from rise_jax.sharding import bytes_per_device, check_batch, planned_mesh
 from rise_jax.step import sample_losses
 from rise_jax.trees import combine
@@ -28,15 +30,20 @@ GIB, TERA, MILLION = 2**30, 1e12, 1e6
 
 
 class Memory(NamedTuple):
-    """Bytes per device: what stays, and what is there in one phase only. `scores`: by how much plain attention raises a phase."""
+    """Bytes per device: what stays, and what is there in one phase only. `scores`: by how much plain attention raises a phase.
+
+    `before`: all that is there at a moment before any of this.
+    """
 
     kept: dict[str, int]
     phases: dict[str, int]
     scores: dict[str, int]
+    before: dict[str, int]
 
     def total(self, *, scores: bool) -> int:
         """At the worst moment; with the scores of plain attention or without."""
-        return sum(self.kept.values()) + max(size + scores * self.scores[name] for name, size in self.phases.items())
+        phases = max(size + scores * self.scores[name] for name, size in self.phases.items())
+        return max([sum(self.kept.values()) + phases, *self.before.values()])
 
 
 class Plan(NamedTuple):
@@ -50,8 +57,10 @@ class Plan(NamedTuple):
 
 
 def plan(config: ConfigDict, workdir: Path) -> int:
-    """Prints the plan; the workdir is not touched. Raises ValueError for a config that cannot be run."""
+    """Prints the plan; the workdir is not touched. Raises ValueError or FileNotFoundError as training would."""
     mesh = planned_mesh(**config.mesh)
+    if not has_begun(workdir):
+        check_start(config.run.init_from, config.run.preset)
     outlined = checked_outline(config)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     heads = config.model.dit.heads
@@ -61,11 +70,16 @@ def plan(config: ConfigDict, workdir: Path) -> int:
 
 
 def checked_outline(config: ConfigDict) -> Outline:
-    """The outline of a config that `validate` accepts; files that are not here cannot contradict it."""
+    """The outline of a config that `validate` and `check_files` accept; published files that are not here cannot contradict it."""
+    model = config.model
+    published = [model.dit.path, model.vae.path, model.native.path]
+    published += [model.null] if model.null.endswith(".safetensors") else []
+    absent = [path for path in published if not path or not Path(path).exists()]
     here = ConfigDict(config.to_dict())
-    if not Path(config.model.dit.path).exists():
+    if model.dit.path in absent:
         here.model.dit.path = ""
-    validate(here, known_sizes.vae_sizes(config.model.vae.path)[0])
+    validate(here, known_sizes.vae_sizes(model.vae.path)[0])
+    check_files(model, absent)
     return outline(config)
 
 
@@ -109,7 +123,21 @@ def training_memory(config: ConfigDict, mesh: AbstractMesh, outlined: Outline) -
     }
     if config.data.states == "in_step":
         phases["text model's pass"] = memory.peak_bytes(outlined.model.states, frozen, batch)
-    return Memory(kept, phases, dict.fromkeys(phases, 0) | {"gradients and activations": scores})
+    scores = dict.fromkeys(phases, 0) | {"gradients and activations": scores}
+    return Memory(kept, phases, scores, _before(config, mesh, outlined, state.params, frozen))
+
+
+def _before(config: ConfigDict, mesh: AbstractMesh, outlined: Outline, trained: dict, frozen: dict) -> dict[str, int]:
+    """The moment of the native encoder, which lies over the mesh as the other parameters do; they are there, the LLM's too."""
+    native = outlined.native
+    if native is None:
+        return {}
+    rows = (CAPTIONS, native.length) if config.model.calibrate else (1, 1)
+    ids = jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.bool_)
+    held = {"trained": trained, **frozen, "llm": outlined.text.params, "native": native.params}
+    on_device = sum(bytes_per_device(tree, mesh) for tree in held.values())
+    work = memory.peak_bytes(native.use, native.params, None, *ids)
+    return {"before a new run: parameters and native encoder, in all": on_device + work}
 
 
 def use_memory(config: ConfigDict, outlined: Outline) -> Memory:
@@ -130,7 +158,7 @@ def use_memory(config: ConfigDict, outlined: Outline) -> Memory:
     scores = dict.fromkeys(phases, 0) | {
         "denoising, with cross-attention's keys and values": denoise[True] - denoise[False]
     }
-    return Memory(kept, phases, scores)
+    return Memory(kept, phases, scores, {})
 
 
 def flops_of_step(config: ConfigDict, outlined: Outline) -> dict[str, int]:
@@ -214,14 +242,14 @@ def _parameter_lines(outlined: Outline, parts: dict[str, tuple[int, int]]) -> li
         count, trained = (size / MILLION for size in sizes)
         lines.append(f"  {name:<24}{count:12,.2f}{trained:12,.2f} trained   {outlined.notes.get(name, '')}".rstrip())
     if outlined.native:
-        size, note = _count(outlined.native) / MILLION, outlined.notes["native encoder"]
-        lines.append(f"  {'native encoder':<24}{size:12,.2f}   once, on the host, for the null condition; {note}")
+        size, note = _count(outlined.native.params) / MILLION, outlined.native.note
+        lines.append(f"  {'native encoder':<24}{size:12,.2f}   on the devices once, when a run is new; {note}")
     return lines
 
 
 def _memory_lines(made: Memory) -> list[str]:
     line = lambda name, size: f"  {name:<56}{size / GIB:12,.3f}"
-    lines = [line(name, size) for name, size in made.kept.items()]
+    lines = [line(name, size) for name, size in (made.before | made.kept).items()]
     lines += [line(f"then: {name}", size) for name, size in made.phases.items()]
     lines.append(line("at most, attention by a kernel (cudnn, splash)", made.total(scores=False)))
     return [*lines, line("at most, plain attention (xla)", made.total(scores=True))]

@@ -23,7 +23,7 @@ from rise_jax.sharding import place_whole, put
 from rise_jax.tensor_folder import TensorFolder
 from rise_jax.trees import named_leaves, nested
 from rise_jax.weights_t5 import checked_t5, load_t5, text_ids
-from rise_jax.weights_wan import transformer_folder, wan_sizes, wan_table
+from rise_jax.weights_wan import checked_wan, transformer_folder, wan_sizes, wan_table
 from rise_jax.weights_wan_vae import checked_wan_vae, load_wan_vae, open_wan_vae
 
 PIXELS = "pixels"
@@ -94,24 +94,44 @@ def _checked_dit(model: ConfigDict, abstract: dict) -> tuple[dict, dict, TensorF
     return whole, table, folder
 
 
-def check_files(model: ConfigDict, abstract: dict) -> None:
-    """What `model` needs of published files at the start, found out from their headers, before the LLM works for hours.
+def check_files(model: ConfigDict, absent: Collection[str] = ()) -> None:
+    """What `model` needs of published files at the start, found out from their headers, before the LLM is loaded and works for hours.
 
-    Raises FileNotFoundError for a native encoder or a file of captions that is not there, ValueError for a DiT, a VAE or an encoder
-    whose tensors are not those of the model, all listed.
+    Paths in `absent` are passed over: where a run is only planned, they need not be there.
+
+    Raises FileNotFoundError for a native encoder, a null condition or a file of captions that is not there, ValueError for a DiT, a
+    VAE or an encoder whose tensors are not those of the model, all listed.
     """
-    if model.dit.path:
-        _checked_dit(model, abstract)
-    if model.vae.path != PIXELS:
+    if model.dit.path and model.dit.path not in absent:
+        checked_wan(model.dit.path)
+    if model.vae.path != PIXELS and model.vae.path not in absent:
         checked_wan_vae(model.vae.path)
-    if model.null == NATIVE or model.calibrate:
-        if not Path(model.native.path).is_dir():
-            raise FileNotFoundError(
-                f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
-            )
-        checked_t5(model.native.path)
-    if model.calibrate and not Path(model.calibrate).is_file():
-        raise FileNotFoundError(f"model.calibrate={model.calibrate} is no file")
+    if (NATIVE in (model.null, model.condition) or model.calibrate) and model.native.path not in absent:
+        _check_native(model)
+    if model.null not in (LEARNED, NATIVE, *absent):
+        load_null(model)
+    if model.calibrate:
+        _captions(model)
+
+
+def _check_native(model: ConfigDict) -> None:
+    if not Path(model.native.path).is_dir():
+        raise FileNotFoundError(
+            f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
+        )
+    width = checked_t5(model.native.path)[0].width
+    if width != model.adapter.d_ctx and (model.null == NATIVE or model.calibrate):
+        raise ValueError(f"model.adapter.d_ctx={model.adapter.d_ctx}, but {width} in {model.native.path}")
+
+
+def _captions(model: ConfigDict) -> list[str]:
+    path = Path(model.calibrate)
+    if not path.is_file():
+        raise FileNotFoundError(f"model.calibrate={model.calibrate!r} is no file: give one with a caption a line")
+    captions = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not captions:
+        raise ValueError(f"model.calibrate={model.calibrate} holds no caption: write one a line")
+    return captions
 
 
 def null_shape(model: ConfigDict) -> tuple[int, int, int]:
@@ -146,12 +166,7 @@ def native_statistics(model: ConfigDict, place: Callable | None = None) -> tuple
 
     FileNotFoundError for a missing file; ValueError for an empty one, or a caption longer than `model.native.length`.
     """
-    path = Path(model.calibrate)
-    if not path.is_file():
-        raise FileNotFoundError(f"model.calibrate={model.calibrate!r} is no file: give one with a caption a line")
-    captions = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not captions:
-        raise ValueError(f"model.calibrate={model.calibrate} holds no caption: write one a line")
+    captions = _captions(model)
     loaded, encode = _native_encoder(model.native, place)
     ids, mask = text_ids(loaded.tokenizer, captions, model.native.length)
     total = square = 0.0

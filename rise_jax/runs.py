@@ -5,6 +5,7 @@ states.npz and captions.jsonl (conditions.py), metrics.jsonl, summary.json.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from rise_jax.sharding import put
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
 
+LOG = logging.getLogger(__name__)
 RANDOM, FILE = "random", "file "
 
 
@@ -55,14 +57,48 @@ def read_config(workdir: Path) -> dict:
     return json.loads(file.read_text())
 
 
-def check_run(workdir: Path) -> None:
-    """Raises FileNotFoundError for a folder that holds no run, or none with a checkpoint."""
-    read_config(workdir)
+def has_begun(workdir: Path) -> bool:
+    """Whether a folder holds a checkpoint."""
+    if not (Path(workdir) / "checkpoints").is_dir():
+        return False
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
     steps = checkpoints.steps()
     checkpoints.close()
-    if not steps:
+    return bool(steps)
+
+
+def check_run(workdir: Path) -> None:
+    """Raises FileNotFoundError for a folder that holds no run, or none with a checkpoint."""
+    read_config(workdir)
+    if not has_begun(workdir):
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
+
+
+def find_start(init_from: str, preset: str) -> Path | None:
+    """The workdir that `run.init_from` means: a folder, or a stage's default one, which may be missing (None, with a warning)."""
+    check_start(init_from, preset)
+    default = _default_workdir(init_from, preset)
+    if not init_from:
+        return None
+    if Path(init_from).is_dir():
+        return Path(init_from)
+    if (default / "checkpoints").is_dir():
+        return default
+    LOG.warning(
+        "no %s run at %s: starting from random parameters; train it first for better results", init_from, default
+    )
+    return None
+
+
+def check_start(init_from: str, preset: str) -> None:
+    """Raises FileNotFoundError where `run.init_from` means nothing: neither a folder, nor a stage, nor one's default workdir."""
+    named = not init_from or (init_from.startswith("stage") and "/" not in init_from)
+    if not (named or Path(init_from).is_dir() or (_default_workdir(init_from, preset) / "checkpoints").is_dir()):
+        raise FileNotFoundError(f"run.init_from={init_from!r} is no folder with a run")
+
+
+def _default_workdir(stage: str, preset: str) -> Path:
+    return Path("runs") / f"{stage}-{preset}"
 
 
 def read_run(workdir: Path, d_llm: int, place: Callable | None = None, backend: Backend = XLA) -> Run:

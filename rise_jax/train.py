@@ -32,7 +32,7 @@ from rise_jax.step import make_train_step
 from rise_jax.throughput import Work, device_memory_gib, peak_tflops
 from rise_jax.trees import partition, tree_sha256
 from rise_jax.validate import validate
-from rise_jax.workdir import check_workdir, lock_workdir, write_config
+from rise_jax.workdir import check_workdir, claimed_workdir, write_config
 
 LOG = logging.getLogger(__name__)
 HEARD = 256  # texts whose states calibrate a new adapter
@@ -59,7 +59,7 @@ def _claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
         meet("workdir")
         yield
         return
-    with lock_workdir(workdir):
+    with claimed_workdir(workdir):
         check_workdir(workdir, config.to_dict())
         meet("workdir")
         yield
@@ -71,25 +71,11 @@ def _summarised(workdir: Path) -> int:
     return json.loads(file.read_text())["steps"] if file.exists() else 0
 
 
-def find_start(init_from: str, preset: str) -> Path | None:
-    """The workdir that `run.init_from` means: a folder, or a stage's default one, which may be missing (None, with a warning)."""
-    if not init_from:
-        return None
-    if Path(init_from).is_dir():
-        return Path(init_from)
-    default = Path("runs") / f"{init_from}-{preset}"
-    if (default / "checkpoints").is_dir():
-        return default
-    if "/" in init_from or not init_from.startswith("stage"):
-        raise FileNotFoundError(f"run.init_from={init_from!r} is no folder with a run")
-    LOG.warning(
-        "no %s run at %s: starting from random parameters; train it first for better results", init_from, default
-    )
-    return None
-
-
 def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: bool) -> int:
     """A run that has begun does not depend on the folder that it started from."""
+    check_files(config.model)
+    origin = None if begun else runs.find_start(config.run.init_from, config.run.preset)
+    check_agreed(str(origin), f"run.init_from={config.run.init_from!r}")
     mesh = make_mesh(**config.mesh)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     check_remat(config.model.dit.get("remat", "none"), jax.local_devices()[0])
@@ -100,9 +86,6 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     states = states_in_batch if config.data.states == "cached" else language.states_in_step
     model = model_from(config.model, language.width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
-    check_files(config.model, model.abstract)
-    origin = None if begun else find_start(config.run.init_from, config.run.preset)
-    check_agreed(str(origin), f"run.init_from={config.run.init_from!r}")
     if is_first():
         write_config(workdir, config.to_dict())
     with jax.set_mesh(mesh):

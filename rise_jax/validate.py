@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from rise_jax.condition_kinds import CONDITIONS
+from rise_jax.data.open import source_fault
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
 from rise_jax.models.attention import NAMES, SEQUENCES, cudnn_obstacle
@@ -86,6 +87,8 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         if value not in valid:
             near = difflib.get_close_matches(str(value), list(valid), n=1, cutoff=0.0)[0]
             yield f"{key}={value!r} is unknown (nearest: {near}); valid: {', '.join(valid)}"
+    if fault := source_fault(config.data.source):
+        yield fault
 
 
 def _ranges(config: ConfigDict) -> Iterable[str]:

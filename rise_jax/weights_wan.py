@@ -121,14 +121,20 @@ def load_wan(
       FileNotFoundError: naming the files that are missing. ValueError: an option that the DiT does not have, by its name;
         or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
     """
-    folder = transformer_folder(path)
-    sizes, layout = wan_sizes(folder)
+    sizes, abstract, table, folder = checked_wan(path, dtype or jnp.float32)
     sizes |= {"text_len": text_len} if text_len else {}
-    abstract = abstract_wan(sizes, dtype or jnp.float32)
-    table = wan_table(abstract, sizes["patch"], layout)
-    check(abstract, table, folder)
     abstract = abstract if dtype else _as_stored(abstract, table, folder)
     return LoadedDiT(sizes, stream(abstract, table, folder, place and place(abstract)), folder)
+
+
+def checked_wan(path: Path | str, dtype: Any = jnp.float32) -> tuple[dict, dict, dict[str, Place], TensorFolder]:
+    """(sizes, abstract leaves, table, folder) of what `load_wan` loads, from the files' headers, with the same errors."""
+    folder = transformer_folder(path)
+    sizes, layout = wan_sizes(folder)
+    abstract = abstract_wan(sizes, dtype)
+    table = wan_table(abstract, sizes["patch"], layout)
+    check(abstract, table, folder)
+    return sizes, abstract, table, folder
 
 
 def transformer_folder(path: Path | str) -> TensorFolder:

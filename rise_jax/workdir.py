@@ -4,12 +4,29 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 # Keys that may differ between the starts of one run: they change how long or where it runs, not what it computes.
 FREE = r"^(run\.(steps|accumulate|save_every|keep|profile)|model\.(attention|sequence|dit\.remat)|mesh\..*|sample\..*|data\.workers)$"
+
+
+@contextmanager
+def claimed_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+    """Makes the folder and holds its lock. A body that fails leaves no folder that was not there before, unless it wrote into it.
+
+    Raises as `lock_workdir` does.
+    """
+    new = not Path(workdir).exists()
+    with lock_workdir(workdir):
+        try:
+            yield
+        except BaseException:
+            if new:
+                _remove_unused(Path(workdir))
+            raise
 
 
 def lock_workdir(workdir: str | os.PathLike) -> TextIO:
@@ -19,11 +36,23 @@ def lock_workdir(workdir: str | os.PathLike) -> TextIO:
     process, when another run holds the lock.
     """
     path = Path(workdir) / "lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise OSError(error.errno, f"cannot use workdir {workdir}: {error.strerror}") from error
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise OSError(error.errno, f"cannot use workdir {workdir}: {error.strerror}") from error
+        _take(file, workdir)
+        if _is_at(file, path):  # another start may have removed it, with its new workdir, between the two
+            break
+        file.close()
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _take(file: TextIO, workdir: str | os.PathLike) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -38,10 +67,25 @@ def lock_workdir(workdir: str | os.PathLike) -> TextIO:
         raise OSError(
             error.errno, f"cannot lock workdir {workdir}: {error.strerror}; its file system must support flock"
         ) from error
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unused(workdir: Path) -> None:
+    """Removes a workdir whose lock this process holds, if all in it is that lock and an empty folder for checkpoints."""
+    with suppress(OSError):  # rmdir refuses a folder that holds anything
+        names = {path.name for path in workdir.iterdir()}
+        if not names <= {"lock", "checkpoints"}:
+            return
+        if "checkpoints" in names:
+            (workdir / "checkpoints").rmdir()
+        (workdir / "lock").unlink()
+        workdir.rmdir()
 
 
 def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:

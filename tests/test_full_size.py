@@ -45,7 +45,7 @@ def test_sizes_are_the_published_ones(described):
     trained = {"stage1": 0, "stage2": LOW_RANK[preset]}[stage]
     assert parts["DiT"][0] == DIT[preset] + trained
     assert (parts["text model"][0], parts["VAE"][0]) == (LLM, VAE)
-    assert sum(leaf.size for leaf in jax.tree.leaves(outlined.native)) == UMT5
+    assert sum(leaf.size for leaf in jax.tree.leaves(outlined.native.params)) == UMT5
     width, depth = {"wan_1_3b": (1536, 30), "wan_14b": (5120, 40)}[preset]
     keys_and_values = depth * 2 * (width * width + width)
     assert parts["DiT"][1] == (trained + keys_and_values if stage == "stage2" else 0)

@@ -17,9 +17,9 @@ from rise_jax.data.scenes import ScenesSource
 from rise_jax.language import Language, states_in_batch
 from rise_jax.loop import NonFiniteError
 from rise_jax.optim import make_optimizer
-from rise_jax.runs import initial_parameters
+from rise_jax.runs import find_start, initial_parameters
 from rise_jax.step import make_train_step, new_state
-from rise_jax.train import find_start, train
+from rise_jax.train import train
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from rise_jax.workdir import check_workdir, config_differences, lock_workdir, write_config, write_json
+from rise_jax.workdir import (
+    check_workdir,
+    claimed_workdir,
+    config_differences,
+    lock_workdir,
+    write_config,
+    write_json,
+)
 
 CONFIG = {"run": {"steps": 10, "seed": 0, "keep": 2}, "mesh": {"data": -1}, "data": {"workers": 0, "path": None}}
 
@@ -64,6 +71,61 @@ def test_the_second_run_in_a_workdir_is_refused_and_told_by_whom(tmp_path):
     assert f"is in use by process {os.getpid()}" in second.stderr
     lock.close()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def fail_in(workdir, *, making=()):
+    def start():
+        with claimed_workdir(workdir):
+            for name in making:
+                (workdir / name).mkdir(parents=True)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        start()
+
+
+@pytest.mark.parametrize("making", [(), ("checkpoints",)])
+def test_a_start_that_failed_leaves_no_new_workdir(tmp_path, making):
+    (tmp_path / "runs").mkdir()
+    fail_in(tmp_path / "runs" / "new", making=making)
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
+
+
+@pytest.mark.parametrize("making", [("checkpoints/4",), ("checkpoints", "frozen"), ("mine",)])
+def test_a_start_that_failed_keeps_what_was_written(tmp_path, making):
+    fail_in(tmp_path / "new", making=making)
+    assert all((tmp_path / "new" / name).is_dir() for name in making) and (tmp_path / "new" / "lock").is_file()
+
+
+def test_a_start_that_failed_leaves_a_workdir_that_was_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    for name in ("empty", "old"):
+        fail_in(tmp_path / name)
+    assert (tmp_path / "empty").is_dir() and (tmp_path / "old" / "checkpoints").is_dir()
+
+
+def test_a_start_in_a_new_workdir_that_is_in_use_leaves_it(tmp_path):
+    with claimed_workdir(tmp_path / "run"):
+        with pytest.raises(RuntimeError, match="is in use by process"), claimed_workdir(tmp_path / "run"):
+            pass
+        assert (tmp_path / "run" / "lock").is_file()
+    assert (tmp_path / "run" / "lock").is_file(), "a start that did not fail"
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """The first start takes the lock of a workdir and removes both when the second has opened the file, not yet locked it."""
+    flock, first = fcntl.flock, [True]
+
+    def late(file, flags):
+        if first and first.pop():
+            (tmp_path / "run" / "lock").unlink()
+            (tmp_path / "run").rmdir()
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with lock_workdir(tmp_path / "run") as file:
+        assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "run" / "lock").stat())
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):

@@ -9,6 +9,15 @@ from rise_jax.data.sources import Source
 SOURCES = ("scenes", "folder", "tfds:NAME")
 
 
+def source_fault(source: str) -> str:
+    """What is wrong with the name of a source, with the nearest that there is; "" for nothing."""
+    kind, _, name = source.partition(":")
+    if source in ("scenes", "folder") or (kind == "tfds" and name):
+        return ""
+    near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.0)[0]
+    return f"data.source={source!r} is unknown (nearest: {near}); valid: {', '.join(SOURCES)}"
+
+
 def open_source(
     source: str, *, path: str, split: str, frames: int, height: int, width: int, fps: float, texts: int, seed: int
 ) -> Source:
@@ -16,15 +25,13 @@ def open_source(
 
     Raises ValueError for an unknown name, with the nearest one, and whatever the source itself finds wrong.
     """
+    if fault := source_fault(source):
+        raise ValueError(fault)
     size = dict(split=split, frames=frames, height=height, width=width)
-    kind, _, name = source.partition(":")
     if source == "scenes":
         return ScenesSource(num_texts=texts, seed=seed, **size)
     if source == "folder":
         return FolderSource(path, fps=fps, **size)
-    if kind == "tfds" and name:
-        from rise_jax.data.tfds_source import TfdsSource  # a large import, and it makes a temporary folder
+    from rise_jax.data.tfds_source import TfdsSource  # a large import, and it makes a temporary folder
 
-        return TfdsSource(name, path=path or None, fps=fps, **size)
-    near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.0)[0]
-    raise ValueError(f"data.source={source!r} is unknown (nearest: {near}); valid: {', '.join(SOURCES)}")
+    return TfdsSource(source.partition(":")[2], path=path or None, fps=fps, **size)
