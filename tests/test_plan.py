@@ -6,17 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import write_llm
+import safetensors.numpy
+from encoders import write_umt5
+from tiny import tiny_config, write_llm
 
-from rise_jax import known_sizes, memory
+from rise_jax import known_sizes, memory, published
 from rise_jax.condition_kinds import CONDITIONS, open_text
 from rise_jax.data.sources import Text
 from rise_jax.models.llm import make_llm
 from rise_jax.models.vae import Pixels
 from rise_jax.outline import drawn, outline, step_arguments
-from rise_jax.plan import checked_outline, flops_of_step, plan, training_memory, use_memory
+from rise_jax.plan import Memory, checked_outline, flops_of_step, plan, training_memory, use_memory
 from rise_jax.sharding import bytes_per_device, make_mesh, planned_mesh, shardings
 from rise_jax.step import sample_losses
+from rise_jax.train import train
 from rise_jax.trees import combine
 
 PRESETS = ("tiny", "small_frozen", "wan_1_3b")  # one of a kind
@@ -265,6 +268,111 @@ def test_faults_come_before_anything_is_traced(tmp_path):
         plan(config_of("stage2", "tiny", mesh__fsdp=0), tmp_path)
     with pytest.raises(FileNotFoundError, match="model.llm.instruction='scnes' is no file; nearest .*: scenes"):
         plan(config_of("stage2", "tiny", model__llm__instruction="scnes"), tmp_path)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A language model, one whose weights are int8, a text encoder of width 8, a file of other tensors, an empty text."""
+    llm = write_llm(tmp_path / "llm")
+    tensors = safetensors.numpy.load_file(llm / "model.safetensors")
+    whole = {name: (100 * tensor).astype(np.int8) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(whole, write_llm(tmp_path / "int8") / "model.safetensors")
+    safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+    write_umt5(tmp_path / "t5", width=8)
+    (tmp_path / "empty.txt").write_text(" ")
+    return tmp_path
+
+
+REFUSED = [
+    (dict(model__llm__path="{}/int8"), "wrong dtype: model.norm.weight is I8, readable: F32, F16, BF16"),
+    (dict(model__vae__path="{}/llm"), "llm lacks diffusion_pytorch_model.safetensors"),
+    (dict(model__vae__path="{}/other.safetensors"), "left over: a (3,)"),
+    (dict(model__null="{}/other.safetensors"), "must give one tensor `null` [1, L, 16], found {'a': (3,)}"),
+    (
+        dict(model__null="lerned"),
+        "model.null='lerned' is no file: give learned, native or a .safetensors with a tensor",
+    ),
+    (dict(model__null="native", model__native__path="{}/llm"), "config.json: model_type='llama' is not supported"),
+    (dict(model__null="native", model__native__path="{}/t5"), "model.adapter.d_ctx=16, but 8 in"),
+    (
+        dict(model__calibrate="captions.txt"),
+        "model.calibrate='captions.txt' is no file: give one with a caption a line",
+    ),
+    (dict(model__calibrate="{}/empty.txt"), "empty.txt holds no caption: write one a line"),
+    (dict(run__init_from="runs/stag1"), "run.init_from='runs/stag1' is no folder with a run"),
+    (dict(data__source="tfds:"), "data.source='tfds:' is unknown (nearest: tfds:NAME)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), REFUSED, ids=[str(row[0]) for row in REFUSED])
+def test_plan_and_training_refuse_the_same_in_the_same_words_before_the_llm_is_loaded(parts, changes, told):
+    """An LLM that is not there would be told of when it is loaded."""
+    changes = {name: value.replace("{}", str(parts)) for name, value in changes.items()}
+    if "model__calibrate" in changes:
+        changes |= dict(model__native__path=str(write_umt5(parts / "fits", width=16)))
+    config = tiny_config(1, parts / "llm", run__batch_size=8, **changes)
+    if config.model.vae.path != "pixels":
+        config.data.update(height=64, width=64)
+        config.sample.update(height=64, width=64)
+    said = []
+    for mode, llm in ((plan, None), (train, "/nowhere")):
+        if llm and "model__llm__path" not in changes:
+            config.model.llm.path = llm
+        with pytest.raises((ValueError, FileNotFoundError)) as raised:
+            mode(config, parts / "run")
+        said.append(str(raised.value))
+    assert told in said[0] and said[0] == said[1]
+    assert not (parts / "run").exists()
+
+
+def test_a_run_that_has_begun_may_have_lost_what_it_started_from(parts):
+    config = tiny_config(1, parts / "llm", run__init_from="/nowhere")
+    (parts / "run" / "checkpoints" / "2" / "state").mkdir(parents=True)
+    (parts / "run" / "checkpoints" / "2" / "meta").mkdir()
+    assert plan(config, parts / "run") == 0
+
+
+def test_training_needs_a_native_encoder_that_a_plan_supposes(parts, capsys):
+    config = tiny_config(1, parts / "llm", model__null="native", model__native__path="umt5-xxl")
+    assert plan(config, parts / "run") == 0
+    assert "model.native.path='umt5-xxl' is not here" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="model.native.path='umt5-xxl' is no folder"):
+        train(config, parts / "run")
+
+
+@pytest.mark.parametrize("captions", ["", "red\n"], ids=["null", "calibrate"])
+def test_the_native_encoder_lies_on_the_devices_as_planned(parts, captions, capsys):
+    """Training lays it over the mesh by the same rules: these are the leaves that it asks a place for."""
+    config = tiny_config(1, parts / "llm", run__batch_size=8)
+    config.model.native.update(path=str(write_umt5(parts / "fits", width=16)), length=8)
+    if captions:
+        (parts / "captions.txt").write_text(captions)
+        config.model.calibrate = str(parts / "captions.txt")
+    else:
+        config.model.null = "native"
+    asked, mesh = [], make_mesh(data=1, fsdp=8)
+
+    def place(tree):
+        asked.append(tree)
+        return shardings(tree, mesh)
+
+    (published.native_statistics if captions else published.load_null)(config.model, place)
+    outlined, wide = checked_outline(config), planned_mesh(data=1, fsdp=8)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), asked[0]) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), outlined.native.params
+    )
+    (title, before), *_ = training_memory(config, wide, outlined).before.items()
+    trees = outlined.native.params, outlined.text.params, outlined.model.abstract
+    held = sum(bytes_per_device(tree, wide) for tree in trees)
+    assert held < before < held + 2**20 and held < sum(bytes_per_device(tree, planned_mesh()) for tree in trees)
+    assert plan(config, parts / "run") == 0
+    printed = capsys.readouterr().out
+    assert title in printed and "on the devices once, when a run is new" in printed and "on the host" not in printed
+
+
+def test_the_native_encoders_moment_may_be_the_worst():
+    made = Memory({"kept": 5}, {"phase": 2}, {"phase": 1}, {"before": 9})
+    assert made.total(scores=True) == 9 and made._replace(before={"before": 7}).total(scores=True) == 8
 
 
 def test_sizes_of_parts_that_are_here_come_from_their_files(tmp_path):

@@ -35,6 +35,10 @@ FAULTS = {
         "model.dit.remat='block' is unknown .nearest: blocks.; valid: none, dots, blocks, offload",
     ),
     "optim__drop": (1.5, r"optim.drop=1.5 must lie in \[0, 1\]; nearest: 1"),
+    "data__source": (
+        "scene",
+        "data.source='scene' is unknown .nearest: scenes.; valid: scenes, folder, tfds:NAME",
+    ),
     "data__fps": (0.0, "data.fps=0.0 must be above 0"),
     "sample__seed": (-1, "sample.seed=-1"),
     "run__seed": (2**32, "run.seed=4294967296 must be at most 4294967295; nearest: 4294967295"),
