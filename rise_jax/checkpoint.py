@@ -65,7 +65,8 @@ class Checkpoints:
             save_interval_steps=0 if read_only else 1,
             create=False,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            # In a thread of its own: a new folder, which a start that fails takes away again, has nothing to clean up.
+            cleanup_tmp_directories=not read_only and any(self.directory.iterdir()),
             single_host_load_and_broadcast=True,
         )
         self._manager = ocp.CheckpointManager(self.directory, item_names=("state", "meta"), options=options)

@@ -272,6 +272,24 @@ def test_gguf_options_that_the_decoder_lacks(tmp_path):
         gguf_config({"general.architecture": "qwen2", "qwen2.rope.scaling.type": "yarn"}, (), True, "g")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("attention.head_count_kv", [1, 2], r"head_count_kv=\[1, 2\] \(must be a whole number >= 1\)"),
+        ("attention.head_count", 0, r"head_count=0 \(must be a whole number >= 1\)"),
+        ("attention.sliding_window_pattern", 0, r"sliding_window_pattern=0 \(must be a whole number >= 1, or a list"),
+        ("rope.freq_base", "1e4", r"rope.freq_base='1e4' \(must be a number > 0\)"),
+        ("rope.dimension_count", 8, r"rope.dimension_count=8 \(supported: 16\)"),
+    ],
+)
+def test_impossible_values_of_a_gguf_header_are_told(field, value, told):
+    header = {"embedding_length": 24, "feed_forward_length": 8, "block_count": 2, "attention.head_count": 2}
+    header |= {"attention.key_length": 16, "attention.layer_norm_rms_epsilon": 1e-6, "attention.sliding_window": 4}
+    fields = {f"gemma3.{name}": number for name, number in (header | {field: value}).items()}
+    with pytest.raises(ValueError, match=f"g: not supported: gemma3.*{told}"):
+        gguf_config(fields | {"general.architecture": "gemma3", "tokenizer.ggml.tokens": ["a"]}, (), True, "g")
+
+
 def test_the_27b_gemma_is_known_by_its_depth():
     """Its query_pre_attn_scalar (168 = 5376 / 32) is in no GGUF header."""
     sizes = dict(embedding_length=5376, feed_forward_length=1, block_count=62)
