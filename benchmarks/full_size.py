@@ -118,7 +118,8 @@ def drawn(tree, targets):
         return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if small else jnp.zeros(leaf.shape, leaf.dtype)
 
     make = lambda key: jax.tree.map(lambda leaf: value(leaf, key), tree)
-    return jax.jit(make, out_shardings=targets)(jax.random.key(0))
+    # threefry for hundreds of leaves takes longer to compile than the model
+    return jax.jit(make, out_shardings=targets)(jax.random.key(0, impl="unsafe_rbg"))
 
 
 def compiled_in(jitted, *arguments) -> tuple[jax.stages.Compiled, float]:

@@ -106,6 +106,7 @@ def model_from(
     published = dit.pop("path")
     d_ctx, text_len = adapter["d_ctx"], dit["text_len"]
     coder = vae or open_vae(model.vae.path)
+    coding = {"dtype": jnp.dtype(model.vae.dtype)} if isinstance(coder, WanVAE) else {}
     learned = model.null == LEARNED
     dit["patch"] = tuple(dit["patch"])
     adapter_graph, adapter_abstract, adapter_init = _split(
@@ -147,8 +148,8 @@ def model_from(
         null=null,
         kv=lambda params, tokens: nnx.merge(dit_graph, params["dit"]).kv(tokens),
         dit=lambda params, latents, t, kv: nnx.merge(dit_graph, params["dit"])(latents, t, kv),
-        encode=coder.encode,
-        decode=coder.decode,
+        encode=partial(coder.encode, **coding),
+        decode=partial(coder.decode, **coding),
         latent_shape=latent_shape,
         patch=dit["patch"],
         states=states,

@@ -16,14 +16,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from rise_jax.build import Model
+from rise_jax.models.attention import KERNELS
 from rise_jax.step import sample_losses
 from rise_jax.trees import combine
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
-KERNELS = {
-    "pallas_call": -2,
-    "dot_product_attention_fwd_wrapper": 1,
-}  # of attention: splash and cuDNN, and the axis of their keys' tokens
 
 
 def step_flops(model: Model, trainable: dict, frozen: dict, batch: dict) -> int:

@@ -14,6 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rise_jax.axes import Array, Bool, Float, typed
 from rise_jax.models.ring import ring_attention
@@ -24,6 +25,9 @@ NAMES = ("auto", "xla", "cudnn", "splash")
 SEQUENCES = ("auto", "ulysses", "ring")
 NATIVE = {"cuda": "cudnn", "tpu": "splash"}  # what `auto` tries first, by platform; the rest have xla
 CUDNN_WIDTH = 128  # cuDNN's limit before Hopper
+# Primitives that are attention: splash's and cuDNN's, and which axis of their keys counts tokens.
+KERNELS = {"pallas_call": -2, "dot_product_attention_fwd_wrapper": 1}
+MIXED = "attention_mixed"  # the name of what xla returns, for jax.checkpoint
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def attention(
     name = backend.pick(query.dtype, query.shape[-1], None if mask is None else mask.shape)
     mesh = current_mesh()
     if name == "xla":
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return checkpoint_name(jax.nn.dot_product_attention(query, key, value, mask=mask), MIXED)
     keys_mask = None if mask is None else mask[:, 0, 0]
     if mesh.empty:
         return _kernel(name)(query, key, value, keys_mask)
@@ -193,7 +197,8 @@ def _kernel(name: str) -> Callable:
 
 
 def _xla(query, key, value, mask):
-    return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None, None])
+    mask = None if mask is None else mask[:, None, None]
+    return checkpoint_name(jax.nn.dot_product_attention(query, key, value, mask=mask), MIXED)
 
 
 def by_length(query: Array, key: Array, value: Array, mask: Array | None, *, implementation: str) -> Array:

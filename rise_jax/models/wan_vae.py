@@ -151,6 +151,8 @@ class Autoencoder(nnx.Module):
 class WanVAE:
     """Pure functions over the parameters, fp32; `abstract` is the nested dict of their shapes.
 
+    `dtype` is that of convolutions and what passes between layers; norms sum squares in fp32, and videos and latents are fp32.
+
     A call holds in memory its video and latents, features at latent resolution (half the video's values for Wan 2.1), and the
     layers' values for one chunk of one tile. `chunk` is that of latent frames run at once (None: all); `tile` the side of the square
     pieces, in pixels, in which the layers above latent resolution run one after the other (None: the whole frame). A piece has
@@ -166,13 +168,19 @@ class WanVAE:
         assert not jax.tree.leaves(rest), "only Params may be leaves of the VAE"
         self.abstract = nnx.to_pure_dict(params)
 
-    def module(self, params: dict) -> Autoencoder:
-        """The module itself, inside a trace."""
-        return nnx.merge(self._graph, params)
+    def module(self, params: dict, dtype=jnp.float32) -> Autoencoder:
+        """The module itself, inside a trace, with parameters in `dtype`."""
+        return nnx.merge(self._graph, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
 
     @typed
     def encode(
-        self, params: dict, video: Float[Array, "B T H W 3"], *, chunk: int | None = 1, tile: int | None = None
+        self,
+        params: dict,
+        video: Float[Array, "B T H W 3"],
+        *,
+        chunk: int | None = 1,
+        tile: int | None = None,
+        dtype=jnp.float32,
     ) -> Float[Array, "B F h w C"]:
         """[-1, 1] video, T = 4n+1, H and W multiples of 8 -> standardised latents, the mode of their distribution.
 
@@ -181,21 +189,27 @@ class WanVAE:
         frames, height, width = video.shape[1:4]
         self._check_video(frames, height, width)
         chunk, cells = self._pieces(chunk, tile, frames)
-        model = self.module(params)
+        model = self.module(params, dtype)
         x = in_tiles(
             lambda x: over_time(model.encoder.fine, x, chunk * self.time_stride),
-            video.astype(jnp.float32),
+            video.astype(dtype),
             tile=cells,
             halo=self.config.encoder_halo(),
             inside=self.space_stride,
             outside=1,
         )
-        mean = model.quant.over(over_time(model.encoder.coarse, x, chunk))[..., : self.channels]
+        mean = model.quant.over(over_time(model.encoder.coarse, x, chunk))[..., : self.channels].astype(jnp.float32)
         return (mean - jnp.array(self.config.mean)) / jnp.array(self.config.std)
 
     @typed
     def decode(
-        self, params: dict, latents: Float[Array, "B F h w C"], *, chunk: int | None = 1, tile: int | None = None
+        self,
+        params: dict,
+        latents: Float[Array, "B F h w C"],
+        *,
+        chunk: int | None = 1,
+        tile: int | None = None,
+        dtype=jnp.float32,
     ) -> Float[Array, "B T H W 3"]:
         """Standardised latents -> video of T = 4(F - 1) + 1 frames, cut to [-1, 1].
 
@@ -204,9 +218,9 @@ class WanVAE:
         if latents.shape[-1] != self.channels:
             raise ValueError(f"latents of {latents.shape[-1]} channels: this VAE decodes {self.channels}")
         chunk, cells = self._pieces(chunk, tile, latents.shape[1])
-        model = self.module(params)
+        model = self.module(params, dtype)
         x = latents.astype(jnp.float32) * jnp.array(self.config.std) + jnp.array(self.config.mean)
-        x = over_time(model.decoder.coarse, model.post_quant.over(x), chunk)
+        x = over_time(model.decoder.coarse, model.post_quant.over(x.astype(dtype)), chunk)
         video = in_tiles(
             lambda x: over_time(model.decoder.fine, x, chunk),
             x,
@@ -215,7 +229,7 @@ class WanVAE:
             inside=1,
             outside=self.space_stride,
         )
-        return jnp.clip(video, -1, 1)
+        return jnp.clip(video.astype(jnp.float32), -1, 1)
 
     def _check_video(self, frames: int, height: int, width: int) -> None:
         stride = self.time_stride

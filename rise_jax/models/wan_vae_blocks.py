@@ -87,8 +87,9 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((*[1] * axes, width)))
 
     def __call__(self, x: Array) -> Array:
-        squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * (x.shape[-1] ** 0.5 * self.scale[...])
+        squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+        scaled = x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * (x.shape[-1] ** 0.5 * self.scale[...])
+        return scaled.astype(x.dtype)
 
 
 class Residual(nnx.Module):
