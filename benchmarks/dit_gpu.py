@@ -1,10 +1,10 @@
-"""Wan's DiT in bf16 on one GPU against diffusers' WanTransformer3DModel of the same sizes, one clip of 480x832, random weights:
-forward, and gradients of all parameters, of those of stage 2, or of the text alone (stage 1), under every policy of remat.
+"""Wan's DiT in bf16 on one GPU against diffusers' WanTransformer3DModel of the same sizes: one clip of 480x832, random weights.
 
-    python -m benchmarks.dit_gpu [--preset=wan_1_3b] [--frames=17] [--remats=none,dots,attention,blocks] [--trained=stage2,all] [--no-torch]
+    python -m benchmarks.dit_gpu [--preset=wan_1_3b] [--frames=17] [--remats=none,dots,attention,blocks] [--trained=stage2,all]
 
-Ours holds what trains in fp32, as in training, theirs all in bf16. Medians, ours and theirs in turn where both have a row; TFLOP/s and MFU
-by `rise_jax/flops.py`, what is computed again not counted; GiB is what the compiler asks for beside the arguments.
+Forward, and gradients of all parameters or of those of stage 2, under every policy of remat. Ours holds what trains in fp32, as in
+training, theirs all in bf16. Medians, ours and theirs in turn where both have a row (--no-torch: ours alone); TFLOP/s and MFU by
+`rise_jax/flops.py`, what is computed again not counted; GiB: what the compiler asks for beside the arguments.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from rise_jax.throughput import peak_tflops
 from rise_jax.trees import combine, partition
 
 CHANNELS, D_CTX, TEXT_LEN, HEIGHT, WIDTH = 16, 4096, 512, 60, 104  # latents of 480x832
-TRAINED = {"all": (".",), "stage2": [name for name in MOTION["trainable"] if "adapter" not in name], "text": ()}
+TRAINED = {"all": (".",), "stage2": [name for name in MOTION["trainable"] if "adapter" not in name]}
 
 
 def main() -> None:
@@ -47,7 +47,8 @@ def main() -> None:
     for trained in asked.trained.split(","):
         for remat in asked.remats.split(","):
             other = theirs.get((trained, remat))
-            run_row(f"gradients, {trained}, {remat}", *gradients(asked.preset, shape, trained, remat), other, asked.rounds)
+            row = gradients(asked.preset, shape, trained, remat)
+            run_row(f"gradients, {trained}, {remat}", *row, other, asked.rounds)
 
 
 def model(preset: str, remat: str):
@@ -85,8 +86,7 @@ def forward(preset: str, shape: tuple[int, ...]):
 
 def gradients(preset: str, shape: tuple[int, ...], trained: str, remat: str):
     graph, abstract = model(preset, remat)
-    patterns = TRAINED[trained]
-    trains, rest = partition({"dit": abstract}, list(patterns)) if patterns else ({}, {"dit": abstract})
+    trains, rest = partition({"dit": abstract}, list(TRAINED[trained]))
     trains, rest = drawn(trains, jnp.float32), drawn(rest, jnp.bfloat16)
     latents, context, t = inputs(shape)
 

@@ -20,14 +20,11 @@ def llama3_divisors(
 
     Between the two the frequencies are mixed linearly in `original` / wavelength (`apply_scaling` in Meta's llama-models).
     """
-    # In fp32, in transformers' order: published models have these roundings, and they grow with the position.
-    frequencies = rope_frequencies(head_width, base)
-    wavelengths = np.float32(2 * math.pi) / frequencies
-    kept = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
-    mixed = (1 - kept) * frequencies / np.float32(factor) + kept * frequencies
-    stretched = np.where(wavelengths > original / low, frequencies / np.float32(factor), mixed)
-    scaled = np.where(wavelengths < original / high, frequencies, stretched)
-    return tuple((frequencies.astype(np.float64) / scaled).tolist())
+    wavelengths = 2 * math.pi / rope_frequencies(head_width, base)
+    kept = (original / wavelengths - low) / (high - low)
+    mixed = 1 / ((1 - kept) / factor + kept)
+    stretched = np.where(wavelengths > original / low, factor, mixed)
+    return tuple(np.where(wavelengths < original / high, 1.0, stretched).tolist())
 
 
 # By `rope_type`: (base, head_width, *settings) -> divisors [head_width / 2], and the names of the settings.

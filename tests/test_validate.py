@@ -32,7 +32,7 @@ FAULTS = {
     "run__profile": ("2:9", "run.profile='2:9' needs START < STOP <= run.steps=4; nearest: '2:4'"),
     "model__dit__remat": (
         "block",
-        "model.dit.remat='block' is unknown .nearest: blocks.; valid: none, dots, blocks, offload",
+        "model.dit.remat='block' is unknown .nearest: blocks.; valid: none, dots, attention, blocks, offload",
     ),
     "optim__drop": (1.5, r"optim.drop=1.5 must lie in \[0, 1\]; nearest: 1"),
     "data__source": (

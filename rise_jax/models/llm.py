@@ -212,14 +212,14 @@ def rope_angles(positions: Array, head_width: int, base: float, divisors: tuple[
 
     `divisors` [d/2] slow the frequencies down, for contexts longer than a model was first trained on.
     """
-    frequencies = rope_frequencies(head_width, base).astype(np.float64) / np.array(divisors or 1)
+    frequencies = rope_frequencies(head_width, base) / np.array(divisors or 1)
     return positions.astype(jnp.float32)[..., None, None] * frequencies.astype(np.float32)
 
 
 def rope_frequencies(head_width: int, base: float) -> np.ndarray:
-    """fp32 [d/2]: base ** (-2i / d)."""
-    # By NumPy: its fp32 powers equal torch's bit for bit, XLA's do not, and one unit in the last place is 1e-3 rad at position 1e4.
-    return 1 / np.float32(base) ** (np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width))
+    """fp64 [d/2]: base ** (-2i / d)."""
+    # fp32 powers differ between CPUs, torch's too, and one unit in their last place is 1e-3 rad at position 1e4.
+    return base ** (-np.arange(0, head_width, 2, dtype=np.float64) / head_width)
 
 
 def rotate(x: Array, angles: Array) -> Array:
