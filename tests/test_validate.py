@@ -51,6 +51,10 @@ FAULTS = {
     "model__llm__max_new": (0, "model.llm.max_new=0 must be at least 1; nearest: 1"),
     "model__llm__max_prompt": (-1, "model.llm.max_prompt=-1 must be at least 1; nearest: 1"),
     "model__native__length": (0, "model.native.length=0 must be at least 1; nearest: 1"),
+    "model__vae__dtype": (
+        "float23",
+        "model.vae.dtype='float23' is unknown .nearest: float32.; valid: float32, bfloat16",
+    ),
     "model__native__dtype": ("bfloat61", "model.native.dtype='bfloat61' is unknown .nearest: bfloat16"),
 }
 
