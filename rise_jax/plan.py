@@ -128,13 +128,13 @@ def training_memory(config: ConfigDict, mesh: AbstractMesh, outlined: Outline) -
 
 
 def _before(config: ConfigDict, mesh: AbstractMesh, outlined: Outline, trained: dict, frozen: dict) -> dict[str, int]:
-    """The moment of the native encoder, which lies over the mesh as the other parameters do; they are there, the LLM's too."""
+    """The moment of the native encoder, which lies over the mesh as the other parameters do; they are there."""
     native = outlined.native
     if native is None:
         return {}
     rows = (CAPTIONS, native.length) if config.model.calibrate else (1, 1)
     ids = jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.bool_)
-    held = {"trained": trained, **frozen, "llm": outlined.text.params, "native": native.params}
+    held = {"trained": trained, **frozen, "native": native.params}
     on_device = sum(bytes_per_device(tree, mesh) for tree in held.values())
     work = memory.peak_bytes(native.use, native.params, None, *ids)
     return {"before a new run: parameters and native encoder, in all": on_device + work}

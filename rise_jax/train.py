@@ -83,13 +83,15 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     where = f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}"
     source = open_source(**_source_settings(config))
     language = language_from(config.model, mesh=mesh)
+    width, identity = language.width, language.identity
     states = states_in_batch if config.data.states == "cached" else language.states_in_step
-    model = model_from(config.model, language.width, states, backend=backend)
+    model = model_from(config.model, width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
     if is_first():
         write_config(workdir, config.to_dict())
     with jax.set_mesh(mesh):
         table, frozen, heard = _conditions(config, workdir, source, language)
+        del language  # with cached states, the devices need its parameters no longer
         frozen["vae"], vae_identity = load_vae(config.model.vae.path, partial(shardings, mesh=mesh))
         optimizer = make_optimizer(
             config.optim.learning_rate,
@@ -107,7 +109,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
             checkpoints,
             model,
             optimizer,
-            {"llm": language.identity, "vae": vae_identity},
+            {"llm": identity, "vae": vae_identity},
             heard,
             origin,
             mesh,
@@ -136,7 +138,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
         code = 0
         if start < config.run.steps:
             batches = batches_on(mesh, batches, table, start)
-            plain = model_from(config.model, language.width, states)
+            plain = model_from(config.model, width, states)
             step_fn, batches, work = _ready(config, mesh, plain, step_fn, state, frozen, batches)
             code, state = run_steps(
                 config, workdir, checkpoints, mesh, step_fn, start, state, frozen, batches, meta, work

@@ -362,7 +362,7 @@ def test_the_native_encoder_lies_on_the_devices_as_planned(parts, captions, caps
         lambda leaf: (leaf.shape, leaf.dtype), outlined.native.params
     )
     (title, before), *_ = training_memory(config, wide, outlined).before.items()
-    trees = outlined.native.params, outlined.text.params, outlined.model.abstract
+    trees = outlined.native.params, outlined.model.abstract
     held = sum(bytes_per_device(tree, wide) for tree in trees)
     assert held < before < held + 2**20 and held < sum(bytes_per_device(tree, planned_mesh()) for tree in trees)
     assert plan(config, parts / "run") == 0

@@ -15,13 +15,15 @@ from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.scenes import ScenesSource
 from rise_jax.language import Language, states_in_batch
-from rise_jax.loop import NonFiniteError
+from rise_jax.loop import NonFiniteError, run_steps
 from rise_jax.optim import make_optimizer
 from rise_jax.runs import find_start, initial_parameters
 from rise_jax.step import make_train_step, new_state
 from rise_jax.train import train
 
 pytestmark = pytest.mark.slow
+
+VOCAB = 259  # of tests/tiny.py's LLM
 
 
 @pytest.fixture
@@ -66,13 +68,22 @@ def lines(workdir, name):
     return [json.loads(line)[name] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_texts(tmp_path, capsys):
+def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_texts(tmp_path, capsys, monkeypatch):
     """Its losses are those of these lines, which know no mesh, no kept states and no checkpoint."""
+    held = {}
+
+    def watched(*args):
+        held["with the LLM's tokens"] = [leaf.shape for leaf in jax.live_arrays() if VOCAB in leaf.shape]
+        return run_steps(*args)
+
+    monkeypatch.setattr("rise_jax.train.run_steps", watched)
     config = tiny_config(1, write_llm(tmp_path / "llm"), run__batch_size=8, run__steps=3, optim__learning_rate=0.05)
     assert train(config, tmp_path / "run") == 0
+    assert held == {"with the LLM's tokens": []}  # its states are kept: the devices are free of it
     assert re.search(r"^compiled the step in \d+\.\d s$", capsys.readouterr().out, re.MULTILINE)
     assert_rates_of_eight_images_of_four_tokens(tmp_path / "run")
     optim, language = config.optim, Language(**config.model.llm)
+    assert any(VOCAB in leaf.shape for leaf in jax.tree.leaves(language.params))
     source = ScenesSource(num_texts=6, frames=1, height=16, width=16)
     states, mask = language.teach(complete(source.texts, language, tmp_path / "run" / "captions.jsonl"))
     model = model_from(config.model, language.width, states_in_batch)
