@@ -85,7 +85,7 @@ PRESETS = {
         stage1=dict(steps=2000, batch_size=16, learning_rate=2e-3, decay=(1000, 2000)),
         stage2=dict(steps=6000, batch_size=16, learning_rate=2e-3, decay=(3000, 6000)),
     ),
-    # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px.
+    # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px, 50 GiB at most.
     "small": dict(
         model=dict(
             adapter=dict(kind="refiner", d_ctx=768, width=1024, depth=4, heads=16, registers=4, time_cond="off"),
@@ -98,7 +98,7 @@ PRESETS = {
                 patch=(1, 4, 4),
                 text_len=128,
                 coordinates=True,
-                remat="none",
+                remat="dots",
                 unroll=False,
             ),
             llm=dict(path="embedded", instruction="scenes", dtype="bfloat16", max_prompt=96, max_new=96, layer=-1),
