@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from noisy import noise
 from tiny import tiny_config, write_llm
 
 from rise_jax import sampler
@@ -15,7 +16,7 @@ from rise_jax.pipeline import make_latents
 from rise_jax.runs import born_state, initial_parameters
 from rise_jax.sharding import make_mesh, put_batch, put_rows, shardings
 from rise_jax.step import make_train_step, new_state
-from rise_jax.trees import named_leaves, nested, partition
+from rise_jax.trees import named_leaves, partition
 
 pytestmark = pytest.mark.slow
 
@@ -47,17 +48,6 @@ MESHES = {  # mesh, Backend.sequence
 
 def make(sequence="auto"):
     return model_from(CONFIG, D_LLM, states_in_batch, backend=Backend(sequence=sequence))
-
-
-def noise(abstract):
-    """Scales about 1, the rest about 0 but nowhere at it, where it would hide mistakes."""
-    rng = np.random.default_rng(1)
-
-    def draw(name, leaf):
-        value = rng.normal(size=leaf.shape) / 6  # the models are 32 wide or less
-        return np.asarray(1 + value if name.endswith("scale") else value, np.float32)
-
-    return nested({name: draw(name, leaf) for name, leaf in named_leaves(abstract).items()})
 
 
 def make_batch():
