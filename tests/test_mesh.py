@@ -107,24 +107,27 @@ def test_every_mesh_gives_the_same_loss_gradients_and_parameters(name, params, o
     assert_within_bound(after, one_device[2])
 
 
-@pytest.mark.parametrize("name", ["data_fsdp_ring", "ring", "fsdp_ulysses_tensor"])
-def test_every_mesh_gives_the_same_latents(name, params):
-    videos = 2
-    batch = {key: value[:videos] for key, value in make_batch().items()}
-    sizes, sequence = MESHES[name]
+def sampled(model, params, inputs):
     times = sampler.times_for("euler", 3)
-    inputs = batch["states"], batch["states_mask"], np.arange(videos, dtype=np.int32)
+    call = lambda params, inputs: make_latents(model, params, *inputs, times, 3.0, shape=(3, 8, 8, 12), stepper="euler")
+    return np.asarray(jax.jit(call)(params, inputs))
 
-    def latents(model, params, inputs):
-        call = lambda params, inputs: make_latents(
-            model, params, *inputs, times, 3.0, shape=(3, 8, 8, 12), stepper="euler"
-        )
-        return np.asarray(jax.jit(call)(params, inputs))
 
-    expected = latents(make(), params, inputs)
+@pytest.fixture(scope="module")
+def latents(params):
+    """(states, mask and seeds of two videos, their latents on one device)"""
+    batch = make_batch()
+    inputs = batch["states"][:2], batch["states_mask"][:2], np.arange(2, dtype=np.int32)
+    return inputs, sampled(make(), params, inputs)
+
+
+@pytest.mark.parametrize("name", ["data_fsdp_ring", "ring", "fsdp_ulysses_tensor"])
+def test_every_mesh_gives_the_same_latents(name, params, latents):
+    inputs, expected = latents
+    sizes, sequence = MESHES[name]
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
-        found = latents(make(sequence), jax.device_put(params, shardings(params, mesh)), put_rows(inputs, mesh))
+        found = sampled(make(sequence), jax.device_put(params, shardings(params, mesh)), put_rows(inputs, mesh))
     assert np.abs(expected).max() > 1 and np.abs(found - expected).max() <= 1e-4
 
 
