@@ -71,7 +71,7 @@ def adapted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted")
     wan_vae.reference(wan_vae.EARLY).save_pretrained(folder / "vae")
     save_file({"null": np.zeros((1, 3, 16), np.float32)}, folder / "null.safetensors")
-    parts = dict(vae=dict(path=str(folder / "vae")), null=str(folder / "null.safetensors"))
+    parts = dict(vae__path=str(folder / "vae"), null=str(folder / "null.safetensors"))
     sizes = dict(model__dit__low_rank=2, model__dit__coordinates=False, model__dit__patch=(1, 2, 2))
     return make(folder, **sizes, **{f"model__{name}": value for name, value in parts.items()})
 

@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from noisy import noise
 from tiny import tiny_config, write_llm
 
 from rise_jax import sampler
@@ -15,7 +16,7 @@ from rise_jax.pipeline import make_latents
 from rise_jax.runs import born_state, initial_parameters
 from rise_jax.sharding import make_mesh, put_batch, put_rows, shardings
 from rise_jax.step import make_train_step, new_state
-from rise_jax.trees import named_leaves, nested, partition
+from rise_jax.trees import named_leaves, partition
 
 pytestmark = pytest.mark.slow
 
@@ -47,17 +48,6 @@ MESHES = {  # mesh, Backend.sequence
 
 def make(sequence="auto"):
     return model_from(CONFIG, D_LLM, states_in_batch, backend=Backend(sequence=sequence))
-
-
-def noise(abstract):
-    """Scales about 1, the rest about 0 but nowhere at it, where it would hide mistakes."""
-    rng = np.random.default_rng(1)
-
-    def draw(name, leaf):
-        value = rng.normal(size=leaf.shape) / 6  # the models are 32 wide or less
-        return np.asarray(1 + value if name.endswith("scale") else value, np.float32)
-
-    return nested({name: draw(name, leaf) for name, leaf in named_leaves(abstract).items()})
 
 
 def make_batch():
@@ -117,24 +107,27 @@ def test_every_mesh_gives_the_same_loss_gradients_and_parameters(name, params, o
     assert_within_bound(after, one_device[2])
 
 
-@pytest.mark.parametrize("name", ["data_fsdp_ring", "ring", "fsdp_ulysses_tensor"])
-def test_every_mesh_gives_the_same_latents(name, params):
-    videos = 2
-    batch = {key: value[:videos] for key, value in make_batch().items()}
-    sizes, sequence = MESHES[name]
+def sampled(model, params, inputs):
     times = sampler.times_for("euler", 3)
-    inputs = batch["states"], batch["states_mask"], np.arange(videos, dtype=np.int32)
+    call = lambda params, inputs: make_latents(model, params, *inputs, times, 3.0, shape=(3, 8, 8, 12), stepper="euler")
+    return np.asarray(jax.jit(call)(params, inputs))
 
-    def latents(model, params, inputs):
-        call = lambda params, inputs: make_latents(
-            model, params, *inputs, times, 3.0, shape=(3, 8, 8, 12), stepper="euler"
-        )
-        return np.asarray(jax.jit(call)(params, inputs))
 
-    expected = latents(make(), params, inputs)
+@pytest.fixture(scope="module")
+def latents(params):
+    """(states, mask and seeds of two videos, their latents on one device)"""
+    batch = make_batch()
+    inputs = batch["states"][:2], batch["states_mask"][:2], np.arange(2, dtype=np.int32)
+    return inputs, sampled(make(), params, inputs)
+
+
+@pytest.mark.parametrize("name", ["data_fsdp_ring", "ring", "fsdp_ulysses_tensor"])
+def test_every_mesh_gives_the_same_latents(name, params, latents):
+    inputs, expected = latents
+    sizes, sequence = MESHES[name]
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
-        found = latents(make(sequence), jax.device_put(params, shardings(params, mesh)), put_rows(inputs, mesh))
+        found = sampled(make(sequence), jax.device_put(params, shardings(params, mesh)), put_rows(inputs, mesh))
     assert np.abs(expected).max() > 1 and np.abs(found - expected).max() <= 1e-4
 
 

@@ -5,14 +5,15 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 import pytest
+from noisy import noise
 from tiny import tiny_config, write_llm
+from written import write_run
 
 from rise_jax import Pipeline
 from rise_jax.build import model_from
 from rise_jax.language import states_in_batch
 from rise_jax.sampler import initial_noise
 from rise_jax.sharding import make_mesh
-from rise_jax.train import train
 from rise_jax.video import to_uint8
 
 pytestmark = pytest.mark.slow
@@ -29,36 +30,19 @@ def pipe(tmp_path_factory):
         data__frames=5,
         sample__frames=5,
         sample__batch_size=2,
-        run__steps=2,
-        mesh__data=1,
-        mesh__fsdp=-1,
     )
-    config.run.batch_size = 8
-    assert train(config, folder / "run") == 0
-    return Pipeline.from_run(folder / "run")
-
-
-def louder(pipe, model, params):
-    """With noise on every parameter: after two steps of training little moves a pixel."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), params)
-    return Pipeline(model, params, pipe.vae, pipe.language, pipe.config)
-
-
-@pytest.fixture(scope="module")
-def loud(pipe):
-    return louder(pipe, pipe.model, pipe.params)
+    return Pipeline.from_run(write_run(config, folder / "run"))
 
 
 @pytest.fixture(scope="module", params=["off", "adaln"])
 def either(request, pipe):
     """Without and with an adapter that knows the time, whose output is another one at every step."""
     if request.param == "off":
-        return request.getfixturevalue("loud")
+        return pipe
     config = pipe.config.model.copy_and_resolve_references()
     config.adapter.time_cond = "adaln"
     model = model_from(config, pipe.language.width, states_in_batch)
-    return louder(pipe, model, jax.jit(model.init)(jax.random.key(0)))
+    return Pipeline(model, noise(model.abstract, spread=0.25), pipe.vae, pipe.language, pipe.config)
 
 
 @contextmanager
@@ -128,14 +112,14 @@ def test_a_mesh_makes_the_same_videos(either):
     ("name", "value"),
     [("steps", 3), ("guidance", 1.5), ("stepper", "heun"), ("frames", 1), ("height", 32), ("width", 8)],
 )
-def test_settings_that_are_not_given_are_those_of_the_run(loud, name, value):
+def test_settings_that_are_not_given_are_those_of_the_run(pipe, name, value):
     prompt = PROMPTS[0]
-    given = loud(prompt, **{name: value}).videos
-    with changed(loud.config.sample, **{name: value}):
-        np.testing.assert_array_equal(loud(prompt).videos, given)
-    usual = loud(prompt).videos
+    given = pipe(prompt, **{name: value}).videos
+    with changed(pipe.config.sample, **{name: value}):
+        np.testing.assert_array_equal(pipe(prompt).videos, given)
+    usual = pipe(prompt).videos
     assert usual.shape != given.shape or distance(usual, given) > 1
-    np.testing.assert_array_equal(loud(prompt, **{name: loud.config.sample[name]}).videos, usual)
+    np.testing.assert_array_equal(pipe(prompt, **{name: pipe.config.sample[name]}).videos, usual)
 
 
 def test_the_rephrasing_is_drawn_with_the_seed_of_the_video(pipe):
@@ -155,17 +139,17 @@ def test_guidance_0_leaves_the_prompt_out(either):
     assert distance(videos[0], videos[1]) <= 1 < distance(videos[0], either(PROMPTS[0], seed=3).videos[0])
 
 
-def test_one_step_from_noise_is_what_the_network_predicts(loud):
+def test_one_step_from_noise_is_what_the_network_predicts(pipe):
     """x_0 itself, for a network that predicts data, whatever made the step; with guidance, v_null + scale (v_cond - v_null)."""
-    model, params = loud.model, loud.params
-    heard = loud.language.rephrase(PROMPTS[:1])
+    model, params = pipe.model, pipe.params
+    heard = pipe.language.rephrase(PROMPTS[:1])
     noise = initial_noise(jax.random.key(0), jax.numpy.array([5]), model.latent_shape((5, 16, 16)))
     time = jax.numpy.ones(1)
     states, mask = jax.device_put((heard.states, heard.mask))
     contexts = model.context(params, states, mask, time), model.null(params)
     cond, null = (model.dit(params, noise, time, model.kv(params, context)) for context in contexts)
     expected = to_uint8(model.decode({}, null + 2.5 * (cond - null)))
-    assert distance(loud.render(heard, [5], steps=1, guidance=2.5), expected) <= 1
+    assert distance(pipe.render(heard, [5], steps=1, guidance=2.5), expected) <= 1
     assert len(np.unique(expected)) > 50
 
 
