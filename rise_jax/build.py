@@ -106,7 +106,7 @@ def model_from(
     published = dit.pop("path")
     d_ctx, text_len = adapter["d_ctx"], dit["text_len"]
     coder = vae or open_vae(model.vae.path)
-    coding = {"dtype": jnp.dtype(model.vae.dtype)} if isinstance(coder, WanVAE) else {}
+    coding = {"dtype": jnp.dtype(model.vae.get("dtype", "float32"))} if isinstance(coder, WanVAE) else {}
     learned = model.null == LEARNED
     dit["patch"] = tuple(dit["patch"])
     adapter_graph, adapter_abstract, adapter_init = _split(

@@ -76,7 +76,7 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         "model.attention": (config.model.attention, NAMES),
         "model.sequence": (config.model.sequence, SEQUENCES),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
-        "model.vae.dtype": (config.model.vae.dtype, ("float32", "bfloat16")),
+        "model.vae.dtype": (config.model.vae.get("dtype", "float32"), ("float32", "bfloat16")),
         "model.native.dtype": (config.model.native.dtype, ("float32", "bfloat16")),
         "model.dit.remat": (config.model.dit.get("remat", "none"), REMAT),
         "model.prediction": (config.model.prediction, PREDICTIONS),
