@@ -136,7 +136,7 @@ class Language:
         prompt_lengths, lengths = table["prompt_mask"].sum(1), table["states_mask"].sum(1)
         order = np.lexsort((lengths, rounded(prompt_lengths)))
         states = np.zeros((len(pairs), self.max_new, self.width), np.float32)
-        size = batch_size(self.mesh)
+        size = batch_size(self.mesh, len(pairs))
         for start in progress(range(0, len(pairs), size)):
             rows = order[start : start + size]
             padded = np.resize(rows, size)

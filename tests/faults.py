@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quick import QUICK
-from tiny import tiny_flags, write_llm
+from tiny import as_gguf, tiny_flags, write_llm
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 8, 2
@@ -132,7 +132,7 @@ class Lab:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.llm = write_llm(folder / "llm")
+        self.llm = as_gguf(write_llm(folder / "llm"))
         self._undisturbed: dict[tuple[int, int], Run] = {}
 
     def run(self, name: str, stage: int = 1, processes: int = 1, like: Run | None = None) -> Run:

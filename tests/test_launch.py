@@ -105,7 +105,8 @@ def test_the_jobset_is_one_indexed_job_with_a_pod_per_host():
 def test_a_bucket_is_no_workdir():
     command = [sys.executable, "main.py", "--config=configs/stage1.py", "--workdir=gs://bucket/run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "--workdir=gs://bucket/run is no folder: mount the bucket" in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: --workdir=gs://bucket/run is no folder: mount the bucket")
     assert not (ROOT / "gs:").exists()
 
 

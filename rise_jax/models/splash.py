@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 
 from rise_jax.axes import Array
 
@@ -16,6 +15,8 @@ def splash(query: Array, key: Array, value: Array, mask: Array | None = None, *,
     What is padded here (lengths to whole blocks, heads to whole lanes) is masked and cut off again. `interpret` runs the kernel
     on any platform, slowly.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention  # a twentieth of all imports, and needed on TPUs alone
+
     (batch, length, heads, width), keys = query.shape, key.shape[1]
     block, key_block = (min(BLOCK, _up(size, LANES)) for size in (length, keys))
     query = _heads_first(query * width**-0.5, _up(length, block))
