@@ -32,9 +32,11 @@ def build(**config):
     return graph, nnx.to_pure_dict(abstract)
 
 
-def build_torch(channels, patch, heads, head_width, mlp_width, depth, d_ctx, text_len, coordinates=False, noise=0.1):
+def build_torch(
+    channels, patch, heads, head_width, mlp_width, depth, d_ctx, text_len, coordinates=False, noise=0.1, seed=0
+):
     """diffusers' model, random, with `noise` on top so that nothing stays at 0 or 1."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = WanTransformer3DModel(
         patch_size=patch,
         num_attention_heads=heads,

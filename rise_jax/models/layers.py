@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rise_jax.axes import Array
@@ -63,6 +64,8 @@ def merge_heads(x: Array) -> Array:
 def sinusoid(t: Array, width: int, max_period: float = 1e4) -> Array:
     """[B] -> [B, width] fp32: cosines, then sines, of geometrically spaced frequencies (DDPM, Wan's order)."""
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    # Exponents in fp32, as diffusers has them; powers by NumPy, since fp32 ones differ between compilers, by 1e-4 rad at t = 1000.
+    exponents = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
