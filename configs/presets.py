@@ -32,7 +32,7 @@ def _wan(size: str, **dit) -> dict:
             ),
             vae=dict(path=folder),
             null="native",
-            native=dict(path=folder, length=512, dtype="bfloat16"),
+            native=dict(path=folder, length=508, dtype="bfloat16"),  # and the registers: text_len in all
             dtype="bfloat16",
             prediction="velocity",
             shift=5.0,

@@ -39,8 +39,8 @@ ARCHITECTURES = {
 # config.json leaves out what equals the default of transformers' config class.
 DEFAULTS = {
     "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 128},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "gemma3": dict(
         vocab_size=262_208,
         hidden_size=2304,

@@ -4,7 +4,10 @@ Every fault has the value, the limit and the nearest valid choice.
 """
 
 import difflib
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -28,7 +31,7 @@ def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
     if faults := [*_counts(config.model)]:  # nothing else can be worked out with these
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
     faults = [*_choices(config), *_ranges(config), *_run_parts(config.run), *_attention(config.model)]
-    faults += [*_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
+    faults += [*_patterns(config.model.trainable), *_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
 
@@ -63,8 +66,18 @@ def _counts(model: ConfigDict) -> Iterable[str]:
         for key, value in sizes.items():
             if value < least:
                 yield f"{key}={value} must be at least {least}; nearest: {least}"
-    if len(dit.patch) != 3 or min(dit.patch) < 1:
+    if len(dit.patch) != 3 or not all(isinstance(size, int) and size >= 1 for size in dit.patch):
         yield f"model.dit.patch={tuple(dit.patch)} must be three sizes >= 1: frames, rows, columns; nearest: (1, 2, 2)"
+
+
+def _patterns(trainable: Iterable) -> Iterable[str]:
+    if not trainable:
+        yield "model.trainable=() trains nothing; nearest: ('.',), everything"
+    for pattern in trainable:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            yield f"model.trainable={pattern!r} is no pattern ({error}); nearest: '^adapter/'"
 
 
 def _choices(config: ConfigDict) -> Iterable[str]:
@@ -92,37 +105,59 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         yield fault
 
 
+# (keys of each group, what their numbers must be, in words, the nearest one of a wrong number)
+RANGES: tuple[tuple[dict[str, str], Callable, str, Callable], ...] = (
+    (
+        dict(run="steps batch_size accumulate save_every keep", sample="steps batch_size count"),
+        lambda value: value >= 1,
+        "at least 1",
+        lambda value: "; nearest: 1",
+    ),
+    (
+        dict(
+            run="seed",
+            data="texts workers",
+            optim="warmup weight_decay decay_from decay_until",
+            sample="seed temperature",
+        ),
+        lambda value: value >= 0,
+        "at least 0",
+        lambda value: "; nearest: 0",
+    ),
+    (
+        dict(model="shift", data="fps", optim="learning_rate clip time_std"),
+        lambda value: value > 0,
+        "above 0",
+        lambda value: "",
+    ),
+    (
+        dict(data="max_bad", optim="drop ema b2"),
+        lambda value: 0 <= value <= 1,
+        "from 0 to 1",
+        lambda value: f"; nearest: {min(max(value, 0), 1)}",
+    ),
+)
+
+
 def _ranges(config: ConfigDict) -> Iterable[str]:
-    at_least_one = {
-        "run": ("steps", "batch_size", "accumulate", "save_every", "keep"),
-        "sample": ("steps", "batch_size", "count"),
-    }
-    for group, names in at_least_one.items():
-        for name in names:
-            if config[group][name] < 1:
-                yield f"{group}.{name}={config[group][name]} must be at least 1; nearest: 1"
-    for key, value, low, high in (
-        ("optim.drop", config.optim.drop, 0, 1),
-        ("optim.ema", config.optim.ema, 0, 1),
-        ("data.max_bad", config.data.max_bad, 0, 1),
-    ):
-        if not low <= value <= high:
-            yield f"{key}={value} must lie in [{low}, {high}]; nearest: {min(max(value, low), high)}"
-    for key, value in (
-        ("optim.time_std", config.optim.time_std),
-        ("model.shift", config.model.shift),
-        ("data.fps", config.data.fps),
-    ):
-        if value <= 0:
-            yield f"{key}={value} must be above 0"
-    for key, value in (
-        ("run.seed", config.run.seed),
-        ("sample.seed", config.sample.seed),
-        ("sample.temperature", config.sample.temperature),
-    ):
-        if value < 0:
-            yield f"{key}={value} must be at least 0; nearest: 0"
+    infinite = {key: value for key, value in _numbers(config) if not math.isfinite(value)}
+    yield from (f"{key}={value} must be a finite number" for key, value in infinite.items())
+    for groups, fits, words, near in RANGES:
+        for key, value in _named(config, groups):
+            if key not in infinite and not fits(value):
+                yield f"{key}={value} must be {words}{near(value)}"
     yield from _seeds(config)
+
+
+def _numbers(config: ConfigDict) -> Iterable[tuple[str, float]]:
+    groups = {group: " ".join(config[group]) for group in ("model", "data", "optim", "sample")}
+    return ((key, value) for key, value in _named(config, groups) if isinstance(value, float))
+
+
+def _named(config: ConfigDict, groups: dict[str, str]) -> Iterable[tuple[str, Any]]:
+    """(key, value) of the names of each group."""
+    for group, names in groups.items():
+        yield from ((f"{group}.{name}", config[group][name]) for name in names.split())
 
 
 def _seeds(config: ConfigDict) -> Iterable[str]:
@@ -165,7 +200,8 @@ def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
     if adapter.registers + tokens > dit.text_len:
         yield (
             f"model.dit.text_len={dit.text_len} cannot hold {adapter.registers} registers and {tokens} tokens; "
-            f"nearest: {adapter.registers + tokens}"
+            f"nearest: {adapter.registers + tokens}, or, where the DiT is a published one, "
+            f"model.{kind.group}.{kind.budget}={dit.text_len - adapter.registers}"
         )
 
 

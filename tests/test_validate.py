@@ -4,6 +4,8 @@ import pytest
 from tiny import tiny_config
 
 from configs import stage0, stage1, stage2
+from rise_jax.condition_kinds import CONDITIONS
+from rise_jax.models.wan_vae import WanVAE
 from rise_jax.validate import validate
 
 FAULTS = {
@@ -13,7 +15,7 @@ FAULTS = {
     "model__dit__width": (25, "model.dit.width=25 is not a multiple of model.dit.heads=2; nearest: 24"),
     "model__dit__heads": (8, "odd head width 3"),
     "model__adapter__width": (17, "model.adapter.width=17 is not a multiple of model.adapter.heads=2; nearest: 16"),
-    "model__dit__text_len": (100, "text_len=100 cannot hold 2 registers and 160 tokens; nearest: 162"),
+    "model__dit__text_len": (100, "cannot hold 2 registers and 160 tokens; nearest: 162, or, .*model.llm.max_new=98"),
     "model__dit__patch": ((2, 8, 8), "time patch must be 1"),
     "model__condition": ("rewrite", "model.condition='rewrite' is unknown .nearest: rewrite_then_encode"),
     "model__adapter__kind": ("refinr", "model.adapter.kind='refinr' is unknown .nearest: refiner"),
@@ -34,7 +36,7 @@ FAULTS = {
         "block",
         "model.dit.remat='block' is unknown .nearest: blocks.; valid: none, dots, attention, blocks, offload",
     ),
-    "optim__drop": (1.5, r"optim.drop=1.5 must lie in \[0, 1\]; nearest: 1"),
+    "optim__drop": (1.5, "optim.drop=1.5 must be from 0 to 1; nearest: 1"),
     "data__source": (
         "scene",
         "data.source='scene' is unknown .nearest: scenes.; valid: scenes, folder, tfds:NAME",
@@ -51,6 +53,15 @@ FAULTS = {
     "model__llm__max_new": (0, "model.llm.max_new=0 must be at least 1; nearest: 1"),
     "model__llm__max_prompt": (-1, "model.llm.max_prompt=-1 must be at least 1; nearest: 1"),
     "model__native__length": (0, "model.native.length=0 must be at least 1; nearest: 1"),
+    "model__shift": (float("inf"), "model.shift=inf must be a finite number"),
+    "optim__learning_rate": (float("nan"), "optim.learning_rate=nan must be a finite number"),
+    "optim__clip": (-1.0, "optim.clip=-1.0 must be above 0"),
+    "optim__b2": (2.0, "optim.b2=2.0 must be from 0 to 1; nearest: 1"),
+    "optim__warmup": (-3, "optim.warmup=-3 must be at least 0; nearest: 0"),
+    "data__workers": (-1, "data.workers=-1 must be at least 0; nearest: 0"),
+    "sample__guidance": (float("nan"), "sample.guidance=nan must be a finite number"),
+    "sample__temperature": (float("nan"), "sample.temperature=nan must be a finite number"),
+    "model__trainable": (("^dit/", "("), r"model.trainable='\(' is no pattern .*; nearest: '\^adapter/'"),
     "model__vae__dtype": (
         "float23",
         "model.vae.dtype='float23' is unknown .nearest: float32.; valid: float32, bfloat16",
@@ -66,7 +77,7 @@ def test_a_fault_is_named_with_the_nearest_choice(key, tmp_path):
         validate(tiny_config(1, tmp_path, **{key: value}))
 
 
-@pytest.mark.parametrize("patch", [(1, 2), (1, 0, 2)])
+@pytest.mark.parametrize("patch", [(1, 2), (1, 0, 2), ("a", 8, 8)])
 def test_a_patch_has_three_sizes(tmp_path, patch):
     with pytest.raises(ValueError, match="must be three sizes >= 1: frames, rows, columns; nearest: .1, 2, 2."):
         validate(tiny_config(1, tmp_path, model__dit__patch=patch))
@@ -137,3 +148,12 @@ def test_stage_0_of_a_published_backbone_is_refused():
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="'tinny': did you mean 'tiny'"):
         stage1.get_config("tinny")
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("preset", ["wan_1_3b", "wan_14b"])
+def test_conditions_of_published_models_are_one_key_apart(preset, condition):
+    config = stage1.get_config(preset)
+    config.model.condition = condition
+    config.model.dit.path = ""  # a file that is not here
+    validate(config, WanVAE())
