@@ -20,6 +20,7 @@ from rise_jax.placement import check, stream
 from rise_jax.sharding import place_whole, put
 from rise_jax.tensor_folder import AGAIN, DTYPES, TensorFile, TensorFolder
 from rise_jax.trees import named_leaves, nested
+from rise_jax.utf8 import read_utf8
 from rise_jax.weights_t5 import checked_t5, load_t5, text_ids
 from rise_jax.weights_wan import checked_wan, transformer_folder, wan_sizes, wan_table
 from rise_jax.weights_wan_vae import checked_wan_vae, load_wan_vae, open_wan_vae
@@ -113,7 +114,7 @@ def check_files(model: ConfigDict, absent: Collection[str] = ()) -> None:
 
 
 def _check_native(model: ConfigDict) -> None:
-    if not Path(model.native.path).is_dir():
+    if not model.native.path or not Path(model.native.path).is_dir():
         raise FileNotFoundError(
             f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
         )
@@ -126,7 +127,7 @@ def _captions(model: ConfigDict) -> list[str]:
     path = Path(model.calibrate)
     if not path.is_file():
         raise FileNotFoundError(f"model.calibrate={model.calibrate!r} is no file: give one with a caption a line")
-    captions = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    captions = [line for line in read_utf8(path).splitlines() if line.strip()]
     if not captions:
         raise ValueError(f"model.calibrate={model.calibrate} holds no caption: write one a line")
     return captions

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 
 from rise_jax.tensor_folder import parsed
+from rise_jax.utf8 import read_utf8
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # what else a tokenizer is made of
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # where a chat template may stand
@@ -125,7 +126,7 @@ class Instruction:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no instruction file at {path}")
-        return cls.parse(path.read_text(encoding="utf-8"), str(path))
+        return cls.parse(read_utf8(path), str(path))
 
     @classmethod
     def parse(cls, text: str, path: str) -> "Instruction":
