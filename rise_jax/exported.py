@@ -9,7 +9,6 @@ vae/                         the VAE as diffusers writes it, unless it is `pixel
 params/STEP                  all leaves by Orbax, as they were trained: low-rank corrections apart
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from ml_collections import ConfigDict
 from rise_jax.build import Model, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.condition_kinds import CONDITIONS, Condition
+from rise_jax.export_card import CARD, FORMAT, SAMPLE, read_card
 from rise_jax.language import differing, states_in_batch
 from rise_jax.models.attention import XLA, Backend
 from rise_jax.placement import Place, check, stream
@@ -37,9 +37,7 @@ from rise_jax.weights_wan import load_wan, merge_low_rank, save_wan
 from rise_jax.weights_wan_vae import open_wan_vae, save_wan_vae
 from rise_jax.workdir import write_json
 
-FORMAT = 1
-CARD, ADAPTER, NULL = "adapter/adapter.json", "adapter/adapter.safetensors", "null.safetensors"
-SAMPLE = ("steps", "guidance", "stepper", "frames", "height", "width", "batch_size", "temperature")
+ADAPTER, NULL = "adapter/adapter.safetensors", "null.safetensors"
 
 
 class Export(NamedTuple):
@@ -82,9 +80,10 @@ def read_export(folder: Path, llm: str | None = None, mesh: Mesh | None = None, 
     All parameters lie over the mesh; without one, on the default device. `backend` is that of the model's attention.
 
     Raises FileNotFoundError naming every file that is missing, and ValueError where the parts do not belong together: an LLM
-    of another hash, width, layer or alignment, a DiT of other sizes than the adapter or the VAE expect, tensors that do not fit.
+    of another hash, width, layer or alignment, a DiT of other sizes than the adapter or the VAE expect, tensors that do not fit;
+    or for a card with keys that are missing, unknown or of an impossible value.
     """
-    card = _read_card(folder)
+    card = read_card(folder)
     config = _config(card, folder)
     _refuse_missing(folder, config.model.vae.path)
     if faults := dit_faults(config.model, open_vae(config.model.vae.path).channels):
@@ -121,19 +120,6 @@ def _card(run: Run, language: Condition) -> dict:
         "fps": run.config.data.fps,
         "provenance": run.meta["provenance"],
     }
-
-
-def _read_card(folder: Path) -> dict:
-    file = folder / CARD
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no export: there is no {CARD} in it")
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): export again") from error
-    if card.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {card.get('format')!r}, this version reads {FORMAT}: export again")
-    return card
 
 
 def _config(card: dict, folder: Path) -> ConfigDict:

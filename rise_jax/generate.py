@@ -16,6 +16,7 @@ from rise_jax.pipeline import Output, Pipeline
 from rise_jax.processes import is_first
 from rise_jax.sharding import describe, make_mesh
 from rise_jax.sheets import comparison_sheet, contact_sheet
+from rise_jax.utf8 import read_utf8
 from rise_jax.validate import validate
 from rise_jax.video import write_file, write_png, write_video
 
@@ -106,7 +107,7 @@ def read_prompts(prompts: str) -> list[str]:
             'no prompt given: --config.sample.prompts="a text", several joined by ||, or a file with one a line'
         )
     if os.path.isfile(prompts):  # False for a text too long to be a name, where Path.is_file raises
-        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        lines = read_utf8(prompts).splitlines()
         return [line.strip() for line in lines if line.strip()] or read_prompts("")
     found = [part.strip() for part in prompts.split("||")]
     for number, prompt in enumerate(found, 1):

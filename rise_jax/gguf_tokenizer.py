@@ -3,8 +3,11 @@
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from rise_jax.settings import check_values, id_below
 from rise_jax.text import Tokenizer
 
+PREFIX = "tokenizer.ggml."
+CONTROLS = ("bos", "eos", "eot", "padding")  # what is read of their numbers
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type (GGUF specification, "Tokenizer")
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
@@ -23,35 +26,66 @@ SPLITS = {
 }
 
 
-def tokenizer_from_gguf(fields: dict) -> Tokenizer:
-    """From plain Python values by key; ValueError for a tokenizer kind that is not known here, or for missing fields."""
-    field = lambda key, default=None: fields.get(f"tokenizer.ggml.{key}", default)
+def tokenizer_from_gguf(fields: dict, where: str = "the GGUF file") -> Tokenizer:
+    """From plain Python values by key; ValueError for a tokenizer kind that is not known here, for missing fields, or for parts
+    that do not fit each other. Messages call the file `where`."""
+    field = lambda key, default=None: fields.get(PREFIX + key, default)
     model, pre = field("model"), field("pre")
     if model != "llama" and (model != "gpt2" or pre not in SPLITS):
         raise ValueError(
-            f"the GGUF file has tokenizer.ggml.model={model!r}, pre={pre!r}; only 'llama', and 'gpt2' with "
+            f"{where} has tokenizer.ggml.model={model!r}, pre={pre!r}; only 'llama', and 'gpt2' with "
             f"{', '.join(map(repr, SPLITS))}, are known for GGUF: "
             "use the model's Hugging Face folder (config.json, *.safetensors, tokenizer) instead"
         )
-    needed = ("tokens", "token_type", "scores" if model == "llama" else "merges", "eos_token_id")
+    listed = "scores" if model == "llama" else "merges"
+    needed = ("tokens", "token_type", listed, "eos_token_id")
     missing = [f"tokenizer.ggml.{key}" for key in needed if field(key) is None]
     if missing:
-        raise ValueError(f"the GGUF file's header lacks {', '.join(missing)}: it holds no complete tokenizer")
+        raise ValueError(f"{where}'s header lacks {', '.join(missing)}: it holds no complete tokenizer")
     words, types = field("tokens"), field("token_type")
+    check_ids(fields, where)
+    _check_lists(words, {"token_type": types} | ({"scores": field("scores")} if model == "llama" else {}), where)
     if model == "llama":
         backend = _sentencepiece(words, types, field("scores"), field("add_space_prefix", True))
     else:
-        backend = _byte_level(words, field("merges"), pre)
+        backend = _byte_level(words, _pairs(field("merges"), {*words}, where), pre)
     _add(backend, words, types)
     ends = tuple(dict.fromkeys(id for id in (field("eos_token_id"), field("eot_token_id")) if id is not None))
     opens = field("add_bos_token", model == "llama" or pre == "llama-bpe")
     leading = (field("bos_token_id"),) if opens and field("bos_token_id") is not None else ()
     pad = field("padding_token_id", ends[0])
-    return Tokenizer(backend, ends, pad, field("bos_token_id"), leading, fields.get("tokenizer.chat_template"))
+    template, source = fields.get("tokenizer.chat_template"), f"{where}, tokenizer.chat_template"
+    return Tokenizer(backend, ends, pad, field("bos_token_id"), leading, template, source)
 
 
-def _byte_level(words: list[str], merges: list[str], pre: str) -> tokenizers.Tokenizer:
-    pairs = [tuple(pair.split(" ")) for pair in merges]
+def check_ids(fields: dict, where: str) -> None:
+    """ValueError for a control token's number that no token has."""
+    kind = id_below(len(fields[f"{PREFIX}tokens"]))
+    check_values(fields, {f"{PREFIX}{name}_token_id": kind for name in CONTROLS}, where)
+
+
+def _check_lists(words: list[str], lists: dict[str, list], where: str) -> None:
+    for name, values in lists.items():
+        if not isinstance(values, list) or len(values) != len(words):
+            count = len(values) if isinstance(values, list) else repr(values)
+            raise ValueError(f"{where}: len({PREFIX}{name})={count} must be that of {PREFIX}tokens, {len(words)}")
+
+
+def _pairs(merges: list[str], words: set[str], where: str) -> list[tuple[str, str]]:
+    if not isinstance(merges, list):
+        raise ValueError(f"{where}: {PREFIX}merges={merges!r} must be a list of pairs of tokens")
+    pairs = []
+    for number, merge in enumerate(merges):
+        left, _, right = str(merge).partition(" ")
+        if not (left in words and right in words and left + right in words):
+            raise ValueError(
+                f"{where}: {PREFIX}merges[{number}]={merge!r} must be two tokens with a space between, and one together"
+            )
+        pairs.append((left, right))
+    return pairs
+
+
+def _byte_level(words: list[str], pairs: list[tuple[str, str]], pre: str) -> tokenizers.Tokenizer:
     vocab = {word: id for id, word in enumerate(words)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":

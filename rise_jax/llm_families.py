@@ -4,6 +4,9 @@ Everything that is missing, impossible or unknown is said in one ValueError: an 
 the model computes.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from rise_jax.llm_ropes import SCALINGS
 from rise_jax.models.llm_config import LLMConfig
 from rise_jax.settings import (
@@ -193,17 +196,22 @@ def _rope(values: dict, family: str) -> tuple[str, dict]:
 
 def _misfits(values: dict) -> list[str]:
     """Sizes that do not belong together."""
-    faults = []
-    width, heads, depth = (values[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    kv_heads, types = values.get("num_key_value_heads", heads), values.get("layer_types")
-    if "head_dim" not in values and width % (2 * heads):
-        faults.append(
-            f"hidden_size={width} over num_attention_heads={heads} gives no even head width, and head_dim is not there"
-        )
-    if heads % kv_heads:
-        faults.append(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    faults = head_misfits(values, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    depth, types = values["num_hidden_layers"], values.get("layer_types")
     if types and len(types) != depth:
         faults.append(f"not supported: len(layer_types)={len(types)} (supported: num_hidden_layers={depth})")
+    return faults
+
+
+def head_misfits(values: Mapping[str, Any], width: str, heads: str, kv_heads: str, head_width: str) -> list[str]:
+    """Numbers and width of heads that do not belong together; `width` and the rest are the keys of the sizes in `values`."""
+    faults, count = [], values[heads]
+    if head_width not in values and values[width] % (2 * count):
+        faults.append(
+            f"{width}={values[width]} over {heads}={count} gives no even head width, and {head_width} is not there"
+        )
+    if count % values.get(kv_heads, count):
+        faults.append(f"{heads}={count} is not a multiple of {kv_heads}={values[kv_heads]}")
     return faults
 
 

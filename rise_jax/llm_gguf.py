@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 
-from rise_jax.llm_families import OPTIONS
+from rise_jax.llm_families import OPTIONS, head_misfits
 from rise_jax.llm_ropes import linear_divisors
 from rise_jax.models.llm_config import LLMConfig
-from rise_jax.settings import ABOVE_0, EVEN, Kind, check_settings, only, raise_faults, whole
+from rise_jax.settings import ABOVE_0, EVEN, FLAG, Kind, check_settings, only, raise_faults, whole
 
 TOKENS = "tokenizer.ggml.tokens"
 PATTERN = Kind(
     "must be a whole number >= 1, or a list of true and false",
     lambda value: whole().fits(value) if not isinstance(value, list) else {*map(type, value)} == {bool},
 )
-# What is read of a header, behind the family's name and a dot.
+WORDS = Kind(
+    "must be a list of one or more texts",
+    lambda value: isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value),
+)
+# What a header may hold behind the family's name and a dot: what is read, and what is there to be one value or changes nothing.
 KINDS = {
     "embedding_length": whole(),
     "feed_forward_length": whole(),
@@ -20,11 +24,26 @@ KINDS = {
     "attention.head_count": whole(),
     "attention.head_count_kv": whole(),
     "attention.key_length": EVEN,
+    "attention.value_length": EVEN,
     "attention.layer_norm_rms_epsilon": ABOVE_0,
+    "attention.causal": only(True),
+    "attention.scale": only(None),
+    "attention.sliding_window": only(0),
+    "expert_count": only(0),
+    "expert_used_count": only(0),
+    "logit_scale": only(1),
+    "tensor_data_layout": only("Meta AI original pth"),
+    "context_length": whole(),
+    "vocab_size": whole(),
     "rope.dimension_count": EVEN,
     "rope.freq_base": ABOVE_0,
     "rope.scaling.type": only("none"),
     "rope.scaling.factor": ABOVE_0,
+    "rope.scaling.attn_factor": only(1),
+    "rope.scaling.finetuned": FLAG,
+    "rope.scaling.original_context_length": whole(),
+    "rope.scale_linear": only(1),
+    "pooling_type": whole(0),
 }
 GEMMA3 = {
     "rope.scaling.type": only("none", "linear"),
@@ -34,6 +53,7 @@ GEMMA3 = {
     "attn_logit_softcapping": only(None),
     "final_logit_softcapping": only(None),
 }
+HEADS = ("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
 NEEDED = (
     "embedding_length",
     "attention.head_count",
@@ -60,17 +80,16 @@ def gguf_config(fields: dict, divisors: tuple[float, ...], tied: bool, where: st
     """
     family = gguf_family(fields, where)
     key, gemma = f"{family}.{{}}".format, family == "gemma3"
-    kinds = {key(name): kind for name, kind in (KINDS | (GEMMA3 if gemma else {})).items()}
-    found = {name: fields[name] for name in (*kinds, TOKENS) if name in fields}
+    kinds = {key(name): kind for name, kind in (KINDS | (GEMMA3 if gemma else {})).items()} | {TOKENS: WORDS}
+    found = {name: value for name, value in fields.items() if name == TOKENS or name.startswith(key(""))}
     linear = found.get(key("rope.scaling.type")) == "linear"
     needed = [*NEEDED, *(["attention.sliding_window"] if gemma else []), *(["rope.scaling.factor"] if linear else [])]
-    check_settings(found, kinds, where, free=(TOKENS,), needed=[*map(key, needed), TOKENS])
+    check_settings(found, kinds, where, free=(), needed=[*map(key, needed), TOKENS])
+    sizes = (f"{family}.{name}" for name in HEADS)
+    raise_faults([*head_misfits(found, *sizes), *_misfits(found, key)], where)
     get = lambda name, default=None: found.get(key(name), default)
     width, heads = get("embedding_length"), get("attention.head_count")
-    turned = get("rope.dimension_count")
-    head_width = get("attention.key_length", turned or width // heads)
-    if turned not in (None, head_width):
-        raise_faults([f"not supported: {key('rope.dimension_count')}={turned} (supported: {head_width})"], where)
+    head_width = get("attention.key_length", width // heads)
     return LLMConfig(
         vocab=len(found[TOKENS]),
         width=width,
@@ -86,6 +105,22 @@ def gguf_config(fields: dict, divisors: tuple[float, ...], tied: bool, where: st
         **OPTIONS[family],
         **(_gemma3(get, width, heads, head_width) if gemma else {}),
     )
+
+
+def _misfits(found: dict, key: Callable) -> list[str]:
+    """Sizes of heads that are not one, and a scaling of the positions without its type."""
+    head_width = found.get(
+        key("attention.key_length"), found[key("embedding_length")] // found[key("attention.head_count")]
+    )
+    allowed = dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_width)
+    if key("rope.scaling.type") not in found:
+        allowed["rope.scaling.factor"] = 1
+    asked = {key(name): value for name, value in allowed.items()}
+    return [
+        f"not supported: {name}={found[name]} (supported: {value})"
+        for name, value in asked.items()
+        if found.get(name, value) != value
+    ]
 
 
 def _gemma3(get: Callable, width: int, heads: int, head_width: int) -> dict:

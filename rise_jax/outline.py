@@ -22,6 +22,7 @@ from rise_jax.optim import make_optimizer
 from rise_jax.published import LEARNED, NATIVE
 from rise_jax.step import new_state
 from rise_jax.trees import partition
+from rise_jax.utf8 import read_utf8
 
 LETTERS = 4  # per token of an instruction, about, in English
 
@@ -194,7 +195,7 @@ def _instruction_length(name: str) -> int:
         shipped = sorted(path.stem for path in INSTRUCTIONS.glob("*.txt"))
         near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)[0]
         raise FileNotFoundError(f"model.llm.instruction={name!r} is no file; nearest of those shipped: {near}")
-    return max(1, len(file.read_text(encoding="utf-8")) // LETTERS)
+    return max(1, len(read_utf8(file)) // LETTERS)
 
 
 def _dit_note(path: str) -> str:

@@ -4,14 +4,12 @@
 scratch, or the folder of a Wan DiT, whose sizes the config has to say too; `model.native.path` is the folder of a T5 or umT5 encoder.
 """
 
-import hashlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from ml_collections import ConfigDict
 
 from rise_jax.models.dit import EPS
@@ -20,8 +18,9 @@ from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
 from rise_jax.placement import check, stream
 from rise_jax.sharding import place_whole, put
-from rise_jax.tensor_folder import TensorFolder
+from rise_jax.tensor_folder import AGAIN, DTYPES, TensorFile, TensorFolder
 from rise_jax.trees import named_leaves, nested
+from rise_jax.utf8 import read_utf8
 from rise_jax.weights_t5 import checked_t5, load_t5, text_ids
 from rise_jax.weights_wan import checked_wan, transformer_folder, wan_sizes, wan_table
 from rise_jax.weights_wan_vae import checked_wan_vae, load_wan_vae, open_wan_vae
@@ -115,7 +114,7 @@ def check_files(model: ConfigDict, absent: Collection[str] = ()) -> None:
 
 
 def _check_native(model: ConfigDict) -> None:
-    if not Path(model.native.path).is_dir():
+    if not model.native.path or not Path(model.native.path).is_dir():
         raise FileNotFoundError(
             f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
         )
@@ -128,7 +127,7 @@ def _captions(model: ConfigDict) -> list[str]:
     path = Path(model.calibrate)
     if not path.is_file():
         raise FileNotFoundError(f"model.calibrate={model.calibrate!r} is no file: give one with a caption a line")
-    captions = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    captions = [line for line in read_utf8(path).splitlines() if line.strip()]
     if not captions:
         raise ValueError(f"model.calibrate={model.calibrate} holds no caption: write one a line")
     return captions
@@ -146,18 +145,21 @@ def load_null(model: ConfigDict, place: Callable | None = None) -> tuple[np.ndar
     .safetensors file with a tensor `null`.
     FileNotFoundError or ValueError say what is missing or of another width.
     """
-    width = model.adapter.d_ctx
     if model.null == NATIVE:
         loaded, encode = _native_encoder(model.native, place)
         value = np.asarray(encode(loaded.params, *text_ids(loaded.tokenizer, [""], 1)), np.float32)
         origin = f"encoder {loaded.source.sha256()}"
-        return _checked_null(model.native.path, {"null": value}, width), origin
+        return _checked_null(model.native.path, {"null": value.shape}, model, {"null": value}.get), origin
     if not Path(model.null).is_file():
         raise FileNotFoundError(
             f"model.null={model.null!r} is no file: give {LEARNED}, {NATIVE} or a .safetensors with a tensor `null`"
         )
-    value = _checked_null(model.null, safetensors.numpy.load_file(model.null), width)
-    return value, f"file {hashlib.sha256(Path(model.null).read_bytes()).hexdigest()}"
+    file = TensorFile(model.null)
+    dtypes = {name: tensor.dtype for name, tensor in file.tensors.items()}
+    if dtypes.get("null", "F32") not in DTYPES:
+        raise ValueError(f"{model.null}: `null` is {dtypes['null']}, readable: {', '.join(DTYPES)}")
+    value = _checked_null(model.null, {name: tensor.shape for name, tensor in file.tensors.items()}, model, file.view)
+    return value, f"file {file.sha256()}"
 
 
 def native_statistics(model: ConfigDict, place: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -189,9 +191,17 @@ def _native_encoder(native: ConfigDict, place: Callable | None):
     return loaded, jax.jit(lambda params, ids, mask: place_whole(make(params)(ids, mask)))
 
 
-def _checked_null(path: str, tensors: dict, width: int) -> np.ndarray:
-    value = tensors.get("null")
-    if value is None or value.ndim != 3 or value.shape[0] != 1 or value.shape[2] != width:
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        raise ValueError(f"{path} must give one tensor `null` [1, L, {width}], found {found}")
-    return value.astype(np.float32)
+def _checked_null(path: str, shapes: dict, model: ConfigDict, read: Callable) -> np.ndarray:
+    """The value, fp32, of a file that holds tensors of such shapes; `read(name)` gives one."""
+    width, limit, shape = model.adapter.d_ctx, model.dit.text_len, shapes.get("null", ())
+    if len(shape) != 3 or shape[0] != 1 or shape[2] != width:
+        raise ValueError(f"{path} must give one tensor `null` [1, L, {width}], found {shapes}")
+    if not 1 <= shape[1] <= limit:
+        raise ValueError(
+            f"{path}: `null` has {shape[1]} tokens, model.dit.text_len={limit} takes 1 to {limit}; "
+            f"nearest: {min(max(shape[1], 1), limit)}"
+        )
+    value = np.array(read("null"), np.float32)
+    if not np.isfinite(value).all():
+        raise ValueError(f"{path}: `null` holds {np.sum(~np.isfinite(value))} values that are not finite; {AGAIN}")
+    return value

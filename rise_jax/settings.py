@@ -25,6 +25,24 @@ def whole(least: int = 1) -> Kind:
     return Kind(f"must be a whole number >= {least}", lambda value: _is(value, int) and value >= least)
 
 
+def id_below(count: int) -> Kind:
+    """A token of `count`."""
+    fits = lambda value: whole(0).fits(value) and value < count
+    return Kind(f"must be a token's number, 0 to {count - 1}", fits)
+
+
+def ids_below(count: int) -> Kind:
+    """A token of `count`, or a list of them."""
+    one = id_below(count)
+    fits = lambda value: one.fits(value) or (_are_ids(value) and max(value) < count)
+    return Kind(f"{one.words}, or a list of them", fits)
+
+
+def check_values(values: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> None:
+    """As `check_settings`, for keys among others that are not looked at."""
+    check_settings({key: value for key, value in values.items() if key in kinds}, kinds, where, free=())
+
+
 def only(*values: Any, nullable: bool = True) -> Kind:
     """The one value, or the few, that are implemented."""
     return Kind(f"supported: {' or '.join(map(repr, values))}", lambda value: value in values, nullable=nullable)

@@ -14,12 +14,19 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+from rise_jax.tensor_folder import parsed
+from rise_jax.utf8 import read_utf8
+
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # what else a tokenizer is made of
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # where a chat template may stand
+
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A byte-level or SentencePiece tokenizer with its control tokens and chat template (None for a base model).
 
     `leading` are ids that open every text outside a template (the model's BOS, where it wants one). `eos` may hold several ids.
+    `source` is what messages call the file that the template came from.
     """
 
     backend: tokenizers.Tokenizer
@@ -28,6 +35,7 @@ class Tokenizer:
     bos: int | None = None
     leading: tuple[int, ...] = ()
     template: str | None = None
+    source: str = "the tokenizer"
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens written in it become one id each, none is added."""
@@ -43,17 +51,24 @@ class Tokenizer:
         return {id: token.content for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """Chat text of `messages` (role, content) by the model's own template, ending where the assistant's answer begins."""
+        """Chat text of `messages` (role, content) by the model's own template, ending where the assistant's answer begins.
+
+        ValueError for a template that cannot be used, or raises an error itself.
+        """
         # strftime_now stays undefined: templates then use their fixed date, and the same prompt gives the same tokens every day.
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise
         bos, eos = (self.backend.id_to_token(id) if id is not None else "" for id in (self.bos, self.eos[0]))
-        template = environment.from_string(self.template)
         # Qwen3 would think before it answers.
         options = dict(add_generation_prompt=True, enable_thinking=False)
-        return template.render(messages=messages, bos_token=bos, eos_token=eos, **options)
+        try:
+            template = environment.from_string(self.template)
+            return template.render(messages=messages, bos_token=bos, eos_token=eos, **options)
+        except Exception as error:  # a template is a program, and may fail as one
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{self.source}: the chat template cannot be used ({told})") from error
 
     @cached_property
     def takes_system(self) -> bool:
@@ -61,7 +76,7 @@ class Tokenizer:
         messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "a"}]
         try:
             return _MARK in self.render(messages)
-        except jinja2.TemplateError:
+        except ValueError:
             return False
 
     @classmethod
@@ -69,13 +84,18 @@ class Tokenizer:
         """From the tokenizer files of a Hugging Face folder; `eos` adds end tokens that only its configs name."""
         from transformers import AutoTokenizer  # seconds to import, and the embedded model does without
 
-        file = Path(folder) / "tokenizer.json"
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer.json in {folder}: a Hugging Face folder needs it")
+        for name in BESIDE:
+            if (folder / name).is_file():
+                parsed(folder / name)
         try:
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            template = loaded.get_chat_template() if loaded.chat_template else None  # of several, the one for chats
         except Exception as error:  # a damaged file surfaces as almost any error of the library
-            told = f"{type(error).__name__}: {error}"
+            told = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"{file} cannot be read as a tokenizer ({told}): download it again") from error
         ends = tuple(dict.fromkeys(id for id in (loaded.eos_token_id, *eos) if id is not None))
         if not ends:
@@ -84,8 +104,9 @@ class Tokenizer:
         backend = loaded.backend_tokenizer
         bare = backend.encode("a", add_special_tokens=False).ids
         dressed = backend.encode("a", add_special_tokens=True).ids
-        template = loaded.get_chat_template() if loaded.chat_template else None  # of several, the one for chats
-        return cls(backend, ends, pad, loaded.bos_token_id, tuple(dressed[: dressed.index(bare[0])]), template)
+        leading = tuple(dressed[: dressed.index(bare[0])])
+        source = folder / next((name for name in TEMPLATES if (folder / name).is_file()), "tokenizer.json")
+        return cls(backend, ends, pad, loaded.bos_token_id, leading, template, str(source))
 
 
 def _raise(message: str):
@@ -105,7 +126,7 @@ class Instruction:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no instruction file at {path}")
-        return cls.parse(path.read_text(encoding="utf-8"), str(path))
+        return cls.parse(read_utf8(path), str(path))
 
     @classmethod
     def parse(cls, text: str, path: str) -> "Instruction":
@@ -149,10 +170,13 @@ class Prompter:
     """
 
     def __init__(self, tokenizer: Tokenizer, instruction: Instruction, max_prompt: int):
-        """`max_prompt` is the most tokens a user's prompt itself may have."""
+        """`max_prompt` is the most tokens a user's prompt itself may have.
+
+        ValueError for a chat template that does not give every message once.
+        """
         self.tokenizer, self.instruction, self.max_prompt = tokenizer, instruction, max_prompt
         self.chat = tokenizer.template is not None
-        head, self._tail = self._whole(_MARK).split(_MARK)
+        head, self._tail = self._around_prompt()
         encoding = tokenizer.backend.encode(head, add_special_tokens=False)
         # The cut stands behind a control token, which no merge crosses (without a template: behind the last example).
         cut = (
@@ -204,6 +228,14 @@ class Prompter:
     def text(self, ids: Sequence[int]) -> str:
         """The answer that `ids` spell."""
         return self.tokenizer.decode(ids).strip()
+
+    def _around_prompt(self) -> list[str]:
+        parts = self._whole(_MARK).split(_MARK)
+        if len(parts) != 2:
+            raise ValueError(
+                f"{self.tokenizer.source}: the chat template writes the prompt {len(parts) - 1} times, 1 is due"
+            )
+        return parts
 
     def _whole(self, prompt: str) -> str:
         if not self.chat:

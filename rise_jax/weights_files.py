@@ -8,16 +8,18 @@ import gguf
 import numpy as np
 import safetensors
 
-from rise_jax.gguf_tokenizer import tokenizer_from_gguf
+from rise_jax.gguf_tokenizer import check_ids, tokenizer_from_gguf
 from rise_jax.llm_families import folder_config, folder_family
 from rise_jax.llm_gguf import gguf_config, gguf_family
 from rise_jax.models.llm_config import LLMConfig
+from rise_jax.settings import check_values, ids_below
 from rise_jax.tensor_folder import AGAIN, DTYPES, parsed, shard_names
 from rise_jax.text import Tokenizer
 
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's divisors of the rotary frequencies: a setting, not a parameter
 TEXT_PART = ("language_model.model.", "model.language_model.")  # "model." of a multimodal model's text part
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+GENERATION = "generation_config.json"  # names end tokens, too
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -60,10 +62,12 @@ class GGUFFile:
     def config(self) -> LLMConfig:
         """ValueError names the architecture, or every field, that is missing or not supported."""
         divisors = tuple(self.read(ROPE_FREQS).tolist()) if ROPE_FREQS in self._tensors else ()
-        return gguf_config(self._fields, divisors, "output.weight" not in self.names, str(self.path))
+        config = gguf_config(self._fields, divisors, "output.weight" not in self.names, str(self.path))
+        check_ids(self._fields, str(self.path))
+        return config
 
     def tokenizer(self) -> Tokenizer:
-        return tokenizer_from_gguf(self._fields)
+        return tokenizer_from_gguf(self._fields, str(self.path))
 
     def read(self, name: str) -> np.ndarray:
         """fp32 values in torch order (out, in)."""
@@ -88,6 +92,10 @@ class FolderFile:
         self.path = path
         self._settings = self._json("config.json")
         self._config = folder_config(self._settings, f"{path}/config.json")
+        self._generation = self._json(GENERATION) if (path / GENERATION).is_file() else {}
+        ends = {"eos_token_id": ids_below(self._config.vocab)}
+        for name, settings in {"config.json": self._settings, GENERATION: self._generation}.items():
+            check_values(settings, ends, f"{path}/{name}")
         self._shards = {name: self._open(name) for name in self._shard_names()}
         stored = [(key, shard) for shard in self._shards.values() for key in shard.keys()]  # noqa: SIM118 (safe_open is no dict)
         self._owner = {_text_name(key): (key, shard) for key, shard in stored if _text_name(key)}
@@ -107,10 +115,11 @@ class FolderFile:
         return dataclasses.replace(self._config, tied=self._config.tied and not self._own_head)
 
     def tokenizer(self) -> Tokenizer:
-        generation = self._json("generation_config.json") if (self.path / "generation_config.json").is_file() else {}
-        settings = {**(self._settings.get("text_config") or {}), **self._settings, **generation}
+        settings = {**(self._settings.get("text_config") or {}), **self._settings, **self._generation}
         ends = settings.get("eos_token_id")
-        return Tokenizer.from_folder(self.path, ends if isinstance(ends, list) else [ends])
+        found = Tokenizer.from_folder(self.path, ends if isinstance(ends, list) else [ends])
+        check_vocabulary(found, self._config.vocab, f"{self.path}/tokenizer.json")
+        return found
 
     def read(self, name: str) -> np.ndarray:
         """Values in the file's dtype (bf16 as ml_dtypes) and torch order (out, in)."""
@@ -148,6 +157,22 @@ class FolderFile:
         if not path.is_file():
             raise FileNotFoundError(f"no {name} in {self.path}: a Hugging Face folder needs it")
         return parsed(path)
+
+
+def check_vocabulary(tokenizer: Tokenizer, count: int, where: str) -> None:
+    """ValueError for a tokenizer whose texts hold ids beyond an embedding of `count` rows.
+
+    Control tokens beyond it pass unless they are put into texts here: Gemma's tokenizer has one for images.
+    """
+    ids = {word: id for word, id in tokenizer.backend.get_vocab().items() if id not in tokenizer.control}
+    named = {"eos_token": max(tokenizer.eos), "pad_token": tokenizer.pad}
+    named["bos_token"] = max((*tokenizer.leading, tokenizer.bos or 0))
+    largest = max(ids, key=ids.get, default="")
+    for what, id in {repr(largest): ids.get(largest, 0), **named}.items():
+        if id >= count:
+            raise ValueError(
+                f"{where}: {what} has the number {id}, but the model knows 0 to {count - 1}: it is another model's tokenizer"
+            )
 
 
 def _text_name(key: str) -> str | None:

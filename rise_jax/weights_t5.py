@@ -14,7 +14,18 @@ import tokenizers
 
 from rise_jax.models.t5 import T5Config, make_t5
 from rise_jax.placement import Place, check, stream
-from rise_jax.settings import ABOVE_0, COMMON, IDS, check_settings, only, raise_faults, whole
+from rise_jax.settings import (
+    ABOVE_0,
+    COMMON,
+    IDS,
+    check_settings,
+    check_values,
+    id_below,
+    ids_below,
+    only,
+    raise_faults,
+    whole,
+)
 from rise_jax.tensor_folder import AGAIN, TensorFolder
 from rise_jax.text import Tokenizer, right_pad
 from rise_jax.trees import named_leaves
@@ -92,13 +103,12 @@ def load_t5(path: Path | str, dtype: Any = jnp.float32, place: Any = None) -> Lo
       FileNotFoundError: naming the files that are missing. ValueError: an option that this encoder does not have, by its name;
         or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
     """
-    config, abstract, table, folder = checked_t5(path, dtype)
-    tokenizer = _tokenizer(Path(path), folder)
+    config, abstract, table, folder, tokenizer = checked_t5(path, dtype)
     return LoadedT5(config, stream(abstract, table, folder, place and place(abstract)), tokenizer, folder)
 
 
-def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, dict, dict, TensorFolder]:
-    """(sizes, abstract leaves, table, folder) of what `load_t5` loads, from the files' headers, with the same errors."""
+def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, dict, dict, TensorFolder, Tokenizer]:
+    """(sizes, abstract leaves, table, folder, tokenizer) of what `load_t5` loads, from the files' headers, with the same errors."""
     folder = encoder_folder(path)
     config = t5_config(folder)
     abstract = make_t5(config, dtype)[1]
@@ -106,7 +116,7 @@ def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, di
     if "shared.weight" not in folder.tensors and TIED in folder.tensors:
         table[TIED] = table.pop("shared.weight")
     check(abstract, table, folder, IGNORED)
-    return config, abstract, table, folder
+    return config, abstract, table, folder, _tokenizer(Path(path), folder)
 
 
 def encoder_folder(path: Path | str) -> TensorFolder:
@@ -153,6 +163,12 @@ def t5_config(folder: TensorFolder) -> T5Config:
     proj = "gated-gelu" if kind == "umt5" else "relu"  # where transformers' config is silent
     found = {"feed_forward_proj": proj} | {key: value for key, value in settings.items() if value is not None}
     check_settings(found, KINDS, where, free=FREE, needed=SIZES.values())
+    vocab = found["vocab_size"]
+    check_values(
+        {"eos_token_id": 1, "pad_token_id": 0} | found,
+        dict(eos_token_id=ids_below(vocab), pad_token_id=id_below(vocab)),
+        where,
+    )
     buckets = found.get("relative_attention_num_buckets", 32)
     max_distance = found.get("relative_attention_max_distance", 128)
     if max_distance <= buckets // 4:
@@ -179,5 +195,15 @@ def _tokenizer(path: Path, folder: TensorFolder) -> Tokenizer:
     except Exception as error:  # the library raises no other
         raise ValueError(f"{found} cannot be read as a tokenizer ({error}); {AGAIN}") from error
     given = {key: value for key, value in folder.settings.items() if value is not None}
+    _check_vocabulary(backend, given["vocab_size"], found)
     eos = given.get("eos_token_id", 1)
     return Tokenizer(backend, tuple(eos) if isinstance(eos, list) else (eos,), given.get("pad_token_id", 0))
+
+
+def _check_vocabulary(backend: tokenizers.Tokenizer, count: int, file: Path) -> None:
+    largest = max(backend.get_vocab().values(), default=0)
+    if largest >= count:
+        raise ValueError(
+            f"{file}: {backend.id_to_token(largest)!r} has the number {largest}, but the encoder knows 0 to {count - 1}: "
+            "it is another model's tokenizer"
+        )

@@ -178,11 +178,10 @@ def wan_table(tree: dict, patch: tuple[int, int, int], layout: str) -> dict[str,
 def wan_sizes(folder: TensorFolder) -> tuple[dict, str]:
     """(keyword arguments of DiT, layout) from config.json; ValueError names every setting that the DiT does not have or know."""
     settings, where = folder.settings, f"{folder.path}/config.json"
-    layout = LAYOUTS.get(settings.get("_class_name"))
+    name = settings.get("_class_name")
+    layout = LAYOUTS.get(name) if isinstance(name, str) else None
     if layout is None:
-        raise ValueError(
-            f"{where}: _class_name={settings.get('_class_name')!r} is not supported; known: {', '.join(LAYOUTS)}"
-        )
+        raise ValueError(f"{where}: _class_name={name!r} is not supported; known: {', '.join(LAYOUTS)}")
     given = {size: settings[key] for key, size in SIZES[layout].items() if settings.get(key) is not None}
     lacking = [key for key, size in SIZES[layout].items() if size not in given | DEFAULTS | {"channels": 0}]
     check_settings(settings, KINDS[layout], where, free=FREE, needed=lacking)

@@ -287,7 +287,8 @@ def test_all_tensors_of_the_adapter_that_do_not_fit_are_named(copy):
         Pipeline.from_export(copy)
 
 
-def test_a_card_that_cannot_be_read_is_named(copy):
-    (copy / "adapter" / "adapter.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter.json is not JSON"):
+@pytest.mark.parametrize(("text", "told"), [("{", "is not valid JSON"), ("[1]", "holds no JSON object but list")])
+def test_a_card_that_cannot_be_read_is_named(copy, text, told):
+    (copy / "adapter" / "adapter.json").write_text(text)
+    with pytest.raises(ValueError, match=f"adapter.json {told}"):
         Pipeline.from_export(copy)
