@@ -19,7 +19,7 @@ PYTHON = sorted(
 
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
-    ("axes", "trees", "version", "processes"),
+    ("axes", "trees", "version", "processes", "utf8"),
     (
         "models.layers",
         "models.attention",
@@ -33,6 +33,7 @@ LAYERS = (
         "report",
         "profiling",
         "throughput",
+        "tensor_folder",
         "text",
         "video",
         "sheets",
@@ -45,7 +46,6 @@ LAYERS = (
         "rephrase",
         "weights",
         "weights_files",
-        "tensor_folder",
         "placement",
         "weights_wan",
         "weights_wan_vae",
@@ -63,7 +63,7 @@ LAYERS = (
         "data.open",
     ),
     ("metrics", "pixel_rules"),
-    ("build", "step", "runs", "validate", "exported", "known_sizes", "outline", "flops", "memory"),
+    ("build", "step", "runs", "validate", "exported", "export_card", "known_sizes", "outline", "flops", "memory"),
     ("pipeline", "rise_jax"),
     ("loop",),
     ("train", "generate", "evaluate", "export", "plan"),

@@ -4,7 +4,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from rise_jax.generate import read_prompts
-from rise_jax.outline import _instruction_length
 from rise_jax.published import check_files
 from rise_jax.tensor_folder import TensorFolder
 from rise_jax.text import Instruction
@@ -18,7 +17,6 @@ def model(**changes):
 
 READERS = {
     "instruction": Instruction.read,
-    "instruction of a plan": lambda path: _instruction_length(str(path)),
     "prompts": lambda path: read_prompts(str(path)),
     "captions": lambda path: check_files(model(calibrate=str(path)), absent=[""]),
 }
