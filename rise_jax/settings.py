@@ -61,6 +61,16 @@ FLAG = Kind("must be true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("must be an object", lambda value: isinstance(value, dict))
 ID = Kind("must be a token's number", whole(0).fits)
 IDS = Kind("must be a token's number, or a list of them", lambda value: whole(0).fits(value) or _are_ids(value))
+CHAT_TEMPLATE = Kind(
+    "must be a text, or a list of objects with name and template",
+    lambda value: (
+        isinstance(value, str)
+        or (
+            isinstance(value, list)
+            and all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in value)
+        )
+    ),
+)
 
 # Keys that transformers writes for every model and that no encoder's or decoder's states depend on: what the file is, how it was
 # trained, what generation and other tasks start with.

@@ -14,6 +14,7 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+from rise_jax.settings import CHAT_TEMPLATE, check_values
 from rise_jax.tensor_folder import parsed
 from rise_jax.utf8 import read_utf8
 
@@ -90,7 +91,7 @@ class Tokenizer:
             raise FileNotFoundError(f"no tokenizer.json in {folder}: a Hugging Face folder needs it")
         for name in BESIDE:
             if (folder / name).is_file():
-                parsed(folder / name)
+                check_values(parsed(folder / name), {"chat_template": CHAT_TEMPLATE}, f"{folder}/{name}")
         try:
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             template = loaded.get_chat_template() if loaded.chat_template else None  # of several, the one for chats

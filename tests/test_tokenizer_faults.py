@@ -73,6 +73,13 @@ def test_a_damaged_file_beside_the_tokenizer_is_named(llm):
     assert told(load_llm, llm).startswith(f"{llm}/tokenizer_config.json is not valid JSON")
 
 
+@pytest.mark.parametrize("value", [3, ["a"], [{"name": "default"}]])
+def test_a_chat_template_of_another_type_is_named(llm, value):
+    change(llm / "tokenizer_config.json", chat_template=value)
+    message = f"{llm}/tokenizer_config.json: not supported: chat_template={value!r} (must be a text, or a list of"
+    assert told(load_llm, llm).startswith(message)
+
+
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("value", [99999999999, -5, "abc", [2, 259], True])
 def test_end_tokens_that_no_model_has(llm, file, value):
