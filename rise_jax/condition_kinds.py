@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from rise_jax import rephrase
 from rise_jax.data.sources import Text
@@ -22,8 +23,8 @@ from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
 from rise_jax.sharding import put_parameters, put_rows, shardings
 from rise_jax.text import bare_prompt_ids, right_pad
-from rise_jax.weights import load_llm
-from rise_jax.weights_t5 import load_t5, text_ids
+from rise_jax.weights import load_llm, open_weights
+from rise_jax.weights_t5 import encoder_folder, load_t5, t5_tokenizer, text_ids
 
 
 class Condition(Protocol):
@@ -217,6 +218,20 @@ class Native(_Encoded):
 CONDITIONS: dict[str, type[Condition]] = {
     kind.condition: kind for kind in (Language, Encode, RewriteThenEncode, Native)
 }
+
+
+def check_prompts(model: ConfigDict, prompts: Sequence[str]) -> None:
+    """Raises ValueError for a prompt that the text model of a config's `model` group would refuse. Only the tokenizer is read.
+
+    FileNotFoundError or ValueError for files that are missing or broken.
+    """
+    settings = model[CONDITIONS[model.condition].group]
+    if model.condition == Native.condition:
+        text_ids(t5_tokenizer(settings.path, encoder_folder(settings.path)), prompts, settings.length)
+        return
+    tokenizer = open_weights(settings.path).tokenizer()
+    for prompt in prompts:
+        bare_prompt_ids(tokenizer, prompt, settings.max_prompt)
 
 
 def open_text(condition: str, **settings) -> Condition:

@@ -93,12 +93,13 @@ def load_t5(path: Path | str, dtype: Any = jnp.float32, place: Any = None) -> Lo
         or all tensors that are missing, left over, mis-shaped or of an unreadable dtype.
     """
     config, abstract, table, folder = checked_t5(path, dtype)
-    tokenizer = _tokenizer(Path(path), folder)
+    tokenizer = t5_tokenizer(path, folder)
     return LoadedT5(config, stream(abstract, table, folder, place and place(abstract)), tokenizer, folder)
 
 
 def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, dict, dict, TensorFolder]:
-    """(sizes, abstract leaves, table, folder) of what `load_t5` loads, from the files' headers, with the same errors."""
+    """(sizes, abstract leaves, table, folder) of what `load_t5` loads, from the files' headers, with the same errors but
+    those of the tokenizer."""
     folder = encoder_folder(path)
     config = t5_config(folder)
     abstract = make_t5(config, dtype)[1]
@@ -167,8 +168,10 @@ def t5_config(folder: TensorFolder) -> T5Config:
     )
 
 
-def _tokenizer(path: Path, folder: TensorFolder) -> Tokenizer:
-    """The tokenizer.json beside the weights, or in tokenizer/ of the pipeline they belong to."""
+def t5_tokenizer(path: Path | str, folder: TensorFolder) -> Tokenizer:
+    """Of the encoder at `path` with the weights in `folder`: the tokenizer.json beside them, or in tokenizer/ of the pipeline they
+    belong to. FileNotFoundError where there is none, ValueError for one that cannot be read."""
+    path = Path(path)
     places = [folder.path, path / "tokenizer", path.parent / "tokenizer"]
     files = [place / "tokenizer.json" for place in places]
     found = next((file for file in files if file.is_file()), None)
