@@ -6,7 +6,7 @@ rewrite_then_encode  the LLM rephrases, then reads the new text alone; the state
 native               a T5 or umT5 encoder, the published video models' own, reads the prompt (Figure 1 (a))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from rise_jax import rephrase
 from rise_jax.data.sources import Text
@@ -220,18 +219,18 @@ CONDITIONS: dict[str, type[Condition]] = {
 }
 
 
-def check_prompts(model: ConfigDict, prompts: Sequence[str]) -> None:
-    """Raises ValueError for a prompt that the text model of a config's `model` group would refuse. Only the tokenizer is read.
+def check_prompts(condition: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a prompt that `open_text` of this would refuse in use. Of its files, only the tokenizer is read.
 
     FileNotFoundError or ValueError for files that are missing or broken.
     """
-    settings = model[CONDITIONS[model.condition].group]
-    if model.condition == Native.condition:
-        text_ids(t5_tokenizer(settings.path, encoder_folder(settings.path)), prompts, settings.length)
+    path = settings["path"]
+    if condition == Native.condition:
+        text_ids(t5_tokenizer(path, encoder_folder(path)), prompts, settings["length"])
         return
-    tokenizer = open_weights(settings.path).tokenizer()
+    tokenizer = open_weights(path).tokenizer()
     for prompt in prompts:
-        bare_prompt_ids(tokenizer, prompt, settings.max_prompt)
+        bare_prompt_ids(tokenizer, prompt, settings["max_prompt"])
 
 
 def open_text(condition: str, **settings) -> Condition:

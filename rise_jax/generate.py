@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from rise_jax import runs
 from rise_jax.build import backend_from, describe_attention
-from rise_jax.condition_kinds import check_prompts
+from rise_jax.condition_kinds import CONDITIONS, check_prompts
 from rise_jax.models.attention import Backend
 from rise_jax.pipeline import Output, Pipeline, check_size
 from rise_jax.processes import is_first
@@ -125,7 +125,8 @@ def check_runs(workdirs: list[Path], sample: ConfigDict, prompts: list[str]) -> 
         try:
             check_size(config, sample)
             if number:  # the first run's are checked before it makes anything
-                check_prompts(config.model, prompts)
+                condition = config.model.condition
+                check_prompts(condition, prompts, config.model[CONDITIONS[condition].group])
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{folder}: {error}") from error
 

@@ -63,7 +63,7 @@ LAYERS = (
         "data.open",
     ),
     ("metrics", "pixel_rules"),
-    ("build", "step", "runs", "validate", "exported", "known_sizes", "outline", "flops", "memory"),
+    ("build", "step", "runs", "origin", "validate", "exported", "known_sizes", "outline", "flops", "memory"),
     ("pipeline", "rise_jax"),
     ("loop",),
     ("train", "generate", "evaluate", "export", "plan"),
@@ -85,6 +85,7 @@ READS_CONFIG = {
     "build",
     "published",
     "runs",
+    "origin",
     "validate",
 }
 
