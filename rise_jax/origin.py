@@ -9,7 +9,7 @@ from rise_jax import published
 from rise_jax.build import model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.language import states_in_batch
-from rise_jax.runs import RANDOM, check_fit, check_heard, check_run, read_config, refuse_random
+from rise_jax.runs import RANDOM, check_fit, check_heard, read_config, refuse_random
 from rise_jax.trees import named_leaves, partition
 
 LOG = logging.getLogger(__name__)
@@ -32,14 +32,14 @@ def find_start(init_from: str, preset: str) -> Path | None:
 def check_start(init_from: str, preset: str) -> Path | None:
     """The folder that `run.init_from` means, None for a stage that has not been run, or for ''.
 
-    Raises FileNotFoundError where it means nothing, or a folder that holds no run with a checkpoint, and ValueError where that
-    folder's config.json is no run's.
+    Raises FileNotFoundError where it means nothing, or a folder that holds no run, and ValueError where that folder's
+    config.json is no run's. Checkpoints are not opened: processes do so together, and each may mean another folder here.
     """
     default = _default_workdir(init_from, preset)
     folders = [Path(init_from)] if init_from and Path(init_from).is_dir() else []
     folders += [default] if init_from and (default / "checkpoints").is_dir() else []
     if folders:
-        check_run(folders[0])
+        read_config(folders[0])
         return folders[0]
     if init_from and ("/" in init_from or not init_from.startswith("stage")):
         raise FileNotFoundError(f"run.init_from={init_from!r} is no folder with a run")

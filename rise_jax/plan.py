@@ -21,7 +21,7 @@ from rise_jax.origin import check_parts, check_start
 from rise_jax.outline import Outline, drawn, outline, parameters_of, sampler_arguments, step_arguments
 from rise_jax.pipeline import make_videos
 from rise_jax.published import CAPTIONS, check_files
-from rise_jax.runs import has_begun, read_config
+from rise_jax.runs import check_run, has_begun, read_config
 from rise_jax.sharding import bytes_per_device, check_batch, planned_mesh
 from rise_jax.step import sample_losses
 from rise_jax.trees import combine
@@ -62,6 +62,8 @@ def plan(config: ConfigDict, workdir: Path) -> int:
     mesh = planned_mesh(**config.mesh)
     begun = has_begun(workdir)
     origin = None if begun else check_start(config.run.init_from, config.run.preset)
+    if origin:
+        check_run(origin)
     outlined = checked_outline(config)
     if not begun:
         theirs = parameters_of(ConfigDict(read_config(origin)["model"]), outlined.text.width) if origin else {}

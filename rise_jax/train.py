@@ -77,6 +77,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     check_files(config.model)
     origin = None if begun else find_start(config.run.init_from, config.run.preset)
     check_agreed(str(origin), f"run.init_from={config.run.init_from!r}")
+    if origin:
+        runs.check_run(origin)
     mesh = make_mesh(**config.mesh)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     check_remat(config.model.dit.get("remat", "none"), jax.local_devices()[0])
