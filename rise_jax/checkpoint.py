@@ -151,6 +151,13 @@ class Checkpoints:
             raise OSError(f"no checkpoint in {self.directory} can be read:\n{listing}")
         return None
 
+    def meta(self) -> dict:
+        """That of the newest checkpoint whose meta can be read; no array is. Raises OSError where there is none."""
+        for step in reversed(self.steps()):
+            with suppress(DamagedError):
+                return self._restore_item(step, meta=ocp.args.JsonRestore()).meta["meta"]
+        raise OSError(f"no checkpoint in {self.directory} can be read")
+
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
         folder = self.directory / str(step)
         fault = _fault(folder) if is_first() else ""

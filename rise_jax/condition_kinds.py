@@ -6,7 +6,7 @@ rewrite_then_encode  the LLM rephrases, then reads the new text alone; the state
 native               a T5 or umT5 encoder, the published video models' own, reads the prompt (Figure 1 (a))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,8 +22,8 @@ from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
 from rise_jax.sharding import put_parameters, put_rows, shardings
 from rise_jax.text import bare_prompt_ids, right_pad
-from rise_jax.weights import load_llm
-from rise_jax.weights_t5 import load_t5, text_ids
+from rise_jax.weights import load_llm, open_weights
+from rise_jax.weights_t5 import encoder_folder, load_t5, t5_tokenizer, text_ids
 
 
 class Condition(Protocol):
@@ -217,6 +217,20 @@ class Native(_Encoded):
 CONDITIONS: dict[str, type[Condition]] = {
     kind.condition: kind for kind in (Language, Encode, RewriteThenEncode, Native)
 }
+
+
+def check_prompts(condition: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a prompt that `open_text` of this would refuse in use. Of its files, only the tokenizer is read.
+
+    FileNotFoundError or ValueError for files that are missing or broken.
+    """
+    path = settings["path"]
+    if condition == Native.condition:
+        text_ids(t5_tokenizer(path, encoder_folder(path)), prompts, settings["length"])
+        return
+    tokenizer = open_weights(path).tokenizer()
+    for prompt in prompts:
+        bare_prompt_ids(tokenizer, prompt, settings["max_prompt"])
 
 
 def open_text(condition: str, **settings) -> Condition:

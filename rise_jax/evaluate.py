@@ -17,8 +17,9 @@ from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
 from rise_jax.language import gathered
-from rise_jax.pipeline import Pipeline
+from rise_jax.pipeline import Pipeline, check_size
 from rise_jax.processes import is_first
+from rise_jax.runs import read_config
 from rise_jax.sharding import describe, make_mesh, put_rows
 from rise_jax.sheets import contact_sheet
 from rise_jax.step import make_eval_step
@@ -35,6 +36,7 @@ _BESIDE = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "ke
 def evaluate(config: ConfigDict, workdir: Path) -> int:
     """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts."""
     validate(config)
+    check_size(ConfigDict(read_config(workdir)), config.sample)
     mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
     print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
     pipe = Pipeline.from_run(workdir, mesh=mesh, backend=backend)

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from rise_jax import runs
 from rise_jax.build import backend_from, describe_attention
+from rise_jax.condition_kinds import CONDITIONS, check_prompts
 from rise_jax.models.attention import Backend
-from rise_jax.pipeline import Output, Pipeline
+from rise_jax.pipeline import Output, Pipeline, check_size
 from rise_jax.processes import is_first
 from rise_jax.sharding import describe, make_mesh
 from rise_jax.sheets import comparison_sheet, contact_sheet
@@ -43,6 +44,7 @@ def generate(config: ConfigDict, workdir: Path) -> int:
     validate(config)
     prompts = read_prompts(config.sample.prompts)
     workdirs = read_workdirs(config.sample.beside, workdir)
+    check_runs(workdirs, config.sample, prompts)
     mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
     print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
     made = [_make(config, prompts, folder, number, mesh, backend) for number, folder in enumerate(workdirs)]
@@ -114,6 +116,20 @@ def read_prompts(prompts: str) -> list[str]:
         if not prompt:
             raise ValueError(f"prompt {number} of {len(found)} is empty: {prompts!r}")
     return found
+
+
+def check_runs(workdirs: list[Path], sample: ConfigDict, prompts: list[str]) -> None:
+    """Raises ValueError, naming the run, where the size of `sample` does not fit its model, or a prompt is none for its text model;
+    FileNotFoundError for a text model that is not there."""
+    for number, folder in enumerate(workdirs):
+        config = ConfigDict(runs.read_config(folder))
+        try:
+            check_size(config, sample)
+            if number:  # the first run's are checked before it makes anything
+                condition = config.model.condition
+                check_prompts(condition, prompts, config.model[CONDITIONS[condition].group])
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{folder}: {error}") from error
 
 
 def read_workdirs(beside: str, workdir: Path) -> list[Path]:

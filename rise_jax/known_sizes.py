@@ -47,7 +47,9 @@ def llm_sizes(path: str) -> tuple[LLMConfig, str]:
     if path == EMBEDDED:
         return LLMS[EMBEDDED_LLM], f"those of {EMBEDDED_LLM}-Instruct"
     if Path(path).exists():
-        return checked_llm(path)[1], f"from {path}"
+        file, sizes, *_ = checked_llm(path)
+        file.tokenizer()
+        return sizes, f"from {path}"
     name = Path(path).name.removesuffix("-Instruct")
     if name not in LLMS:
         near = difflib.get_close_matches(name, LLMS, n=1, cutoff=0.0)[0]

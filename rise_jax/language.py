@@ -4,6 +4,7 @@
 instruction's keys and values, computed once.
 """
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -77,10 +78,14 @@ class Language:
         `mesh` is what the parameters and the texts of a call are spread over.
         """
         loaded = load_llm(path, jnp.dtype(dtype))
-        file = INSTRUCTIONS / f"{instruction}.txt"
-        file = file if file.is_file() else Path(instruction)
-        spoken = Instruction.read(file) if rules is None else Instruction.parse(rules, instruction)
-        self.rules = file.read_bytes().decode() if rules is None else rules  # line ends as they are: they are hashed
+        if rules is None:
+            file = instruction_file(instruction)
+            spoken, self.rules = (
+                Instruction.read(file),
+                file.read_bytes().decode(),
+            )  # line ends as they are: they are hashed
+        else:
+            spoken, self.rules = Instruction.parse(rules, instruction), rules
         self.prompter = Prompter(loaded.tokenizer, spoken, max_prompt)
         self.max_new = self.length = max_new
         self.width = loaded.config.width
@@ -203,6 +208,17 @@ class Language:
     @property
     def _pad(self) -> int:
         return self.prompter.tokenizer.pad
+
+
+def instruction_file(name: str) -> Path:
+    """Of `model.llm.instruction`: the name of a shipped one, or a path. Raises FileNotFoundError with the nearest name."""
+    file = INSTRUCTIONS / f"{name}.txt"
+    file = file if file.is_file() else Path(name)
+    if not file.is_file():
+        shipped = sorted(path.stem for path in INSTRUCTIONS.glob("*.txt"))
+        near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)[0]
+        raise FileNotFoundError(f"model.llm.instruction={name!r} is no file; nearest of those shipped: {near}")
+    return file
 
 
 def batch_size(mesh: Mesh | None, texts: int = BATCH) -> int:

@@ -1,6 +1,5 @@
 """A run by its shapes alone: the model, and abstract values of all that a training step or a sampler takes. Reads no weights."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from rise_jax import known_sizes, rephrase
 from rise_jax.build import Model, model_from
 from rise_jax.condition_kinds import CONDITIONS
-from rise_jax.language import INSTRUCTIONS, states_in_batch
+from rise_jax.language import instruction_file, states_in_batch
 from rise_jax.models.attention import XLA, Backend
 from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
@@ -21,6 +20,7 @@ from rise_jax.models.wan_vae import WanVAE
 from rise_jax.optim import make_optimizer
 from rise_jax.published import LEARNED, NATIVE
 from rise_jax.step import new_state
+from rise_jax.text import Instruction
 from rise_jax.trees import partition
 from rise_jax.utf8 import read_utf8
 
@@ -80,6 +80,12 @@ def outline(config: ConfigDict, backend: Backend = XLA) -> Outline:
         frozen=frozen,
         notes=notes,
     )
+
+
+def parameters_of(model: ConfigDict, width: int) -> dict:
+    """The abstract parameters that a config's `model` group means on an LLM of this width, whether its files are here or not."""
+    vae = known_sizes.vae_sizes(model.vae.path)[0]
+    return model_from(_with_null(model), width, states_in_batch, vae=vae).abstract
 
 
 def step_arguments(config: ConfigDict, outlined: Outline, size: int) -> tuple:
@@ -189,12 +195,8 @@ def _with_null(model: ConfigDict) -> ConfigDict:
 
 def _instruction_length(name: str) -> int:
     """Tokens of an instruction, about: a token per LETTERS letters, as its LLM's tokenizer may not be here."""
-    file = INSTRUCTIONS / f"{name}.txt"
-    file = file if file.is_file() else Path(name)
-    if not file.is_file():
-        shipped = sorted(path.stem for path in INSTRUCTIONS.glob("*.txt"))
-        near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)[0]
-        raise FileNotFoundError(f"model.llm.instruction={name!r} is no file; nearest of those shipped: {near}")
+    file = instruction_file(name)
+    Instruction.read(file)
     return max(1, len(read_utf8(file)) // LETTERS)
 
 

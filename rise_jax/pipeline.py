@@ -6,10 +6,10 @@ out = pipe(["a cat running"], seed=0)        # out.videos uint8 [B, T, H, W, 3],
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,7 @@ class Pipeline:
         if not prompts:
             raise ValueError("no prompt given: write at least one")
         defaults = self.config.sample
+        check_size(self.config, dict(frames=frames, height=height, width=width))
         temperature = defaults.temperature if temperature is None else temperature
         seeds = [seed + i for i in range(len(prompts))]
         rephrasings = self.language.rephrase(prompts, temperature=temperature, seeds=seeds)
@@ -137,10 +138,7 @@ class Pipeline:
         """
         given = dict(steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width)
         chosen = {name: self.config.sample[name] if value is None else value for name, value in given.items()}
-        size = (chosen["frames"], chosen["height"], chosen["width"])
-        faults = check_clip(*size, self.model.patch, open_vae(self.config.model.vae.path), "sample")
-        if faults:
-            raise ValueError("; ".join(faults))
+        size = check_size(self.config, chosen)
         seeds = np.asarray(seeds, np.int32)
         times = sampler.times_for(chosen["stepper"], chosen["steps"], self.model.shift)
         ways = batch_ways(self.mesh)
@@ -173,6 +171,19 @@ class Pipeline:
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """While active, the pipeline's mesh is the current one."""
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+
+
+def check_size(config: ConfigDict, asked: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(frames, height, width) as `asked`, by the `sample` group of a run's config where that is None.
+
+    Raises ValueError where they do not fit the run's model.
+    """
+    names = ("frames", "height", "width")
+    size = tuple(config.sample[name] if asked[name] is None else asked[name] for name in names)
+    faults = check_clip(*size, config.model.dit.patch, open_vae(config.model.vae.path), "sample")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return size
 
 
 def open_run(

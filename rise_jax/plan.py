@@ -17,10 +17,11 @@ from rise_jax import known_sizes, memory, sampler
 from rise_jax.build import Model
 from rise_jax.flops import count_flops, step_flops
 from rise_jax.models.attention import Backend
-from rise_jax.outline import Outline, drawn, outline, sampler_arguments, step_arguments
+from rise_jax.origin import check_parts, check_start
+from rise_jax.outline import Outline, drawn, outline, parameters_of, sampler_arguments, step_arguments
 from rise_jax.pipeline import make_videos
 from rise_jax.published import CAPTIONS, check_files
-from rise_jax.runs import check_start, has_begun
+from rise_jax.runs import check_run, has_begun, read_config
 from rise_jax.sharding import bytes_per_device, check_batch, planned_mesh
 from rise_jax.step import sample_losses
 from rise_jax.trees import combine
@@ -59,9 +60,14 @@ class Plan(NamedTuple):
 def plan(config: ConfigDict, workdir: Path) -> int:
     """Prints the plan; the workdir is not touched. Raises ValueError or FileNotFoundError as training would."""
     mesh = planned_mesh(**config.mesh)
-    if not has_begun(workdir):
-        check_start(config.run.init_from, config.run.preset)
+    begun = has_begun(workdir)
+    origin = None if begun else check_start(config.run.init_from, config.run.preset)
+    if origin:
+        check_run(origin)
     outlined = checked_outline(config)
+    if not begun:
+        theirs = parameters_of(ConfigDict(read_config(origin)["model"]), outlined.text.width) if origin else {}
+        check_parts(config, outlined.model.abstract, theirs)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     heads = config.model.dit.heads
     Backend(sequence=config.model.sequence).route(heads, mesh.shape["context"], mesh.shape["tensor"])

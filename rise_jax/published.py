@@ -71,8 +71,8 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
     Every leaf comes in its dtype and streams to the sharding that `place(tree)` gives it; the DiT's file is checked as a whole.
     """
     leaves, origins = {}, {}
-    names = {name for name in wanted if name.startswith("dit/") and "/low_rank_" not in name}
-    if model.dit.path and names:
+    names = {name for name in held(model, wanted) if name.startswith("dit/")}
+    if names:
         whole, table, folder = _checked_dit(model, abstract)
         part = nested({name: leaf for name, leaf in whole.items() if f"dit/{name}" in names})
         leaves = named_leaves({"dit": stream(part, table, folder, place(part))})
@@ -82,6 +82,12 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
         leaves["null/embedding"] = put(value, place({"null": value})["null"])
         origins["null/embedding"] = origin
     return leaves, origins
+
+
+def held(model: ConfigDict, names: Collection[str]) -> set[str]:
+    """Those of a model's leaves `names` that the config's files hold."""
+    filed = {name for name in names if model.dit.path and name.startswith("dit/") and "/low_rank_" not in name}
+    return filed | {name for name in names if name == "null/embedding"}
 
 
 def _checked_dit(model: ConfigDict, abstract: dict) -> tuple[dict, dict, TensorFolder]:
@@ -98,8 +104,9 @@ def check_files(model: ConfigDict, absent: Collection[str] = ()) -> None:
 
     Paths in `absent` are passed over: where a run is only planned, they need not be there.
 
-    Raises FileNotFoundError for a native encoder, a null condition or a file of captions that is not there, ValueError for a DiT, a
-    VAE or an encoder whose tensors are not those of the model, all listed.
+    Raises FileNotFoundError for a native encoder or its tokenizer, a null condition or a file of captions that is not there,
+    ValueError for a DiT, a VAE or an encoder whose tensors are not those of the model, all listed, and for a caption over
+    `model.native.length`.
     """
     if model.dit.path and model.dit.path not in absent:
         checked_wan(model.dit.path)
@@ -118,9 +125,12 @@ def _check_native(model: ConfigDict) -> None:
         raise FileNotFoundError(
             f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
         )
-    width = checked_t5(model.native.path)[0].width
+    config, *_, tokenizer = checked_t5(model.native.path)
+    width = config.width
     if width != model.adapter.d_ctx and (model.null == NATIVE or model.calibrate):
         raise ValueError(f"model.adapter.d_ctx={model.adapter.d_ctx}, but {width} in {model.native.path}")
+    if model.calibrate:
+        text_ids(tokenizer, _captions(model), model.native.length)
 
 
 def _captions(model: ConfigDict) -> list[str]:

@@ -5,9 +5,8 @@ states.npz and captions.jsonl (conditions.py), metrics.jsonl, summary.json.
 """
 
 import json
-import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +25,8 @@ from rise_jax.sharding import put
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
 
-LOG = logging.getLogger(__name__)
 RANDOM, FILE = "random", "file "
+GROUPS = ("model", "data", "optim", "sample", "run")  # of a run's config
 
 
 class Parameters(NamedTuple):
@@ -50,11 +49,19 @@ class Run(NamedTuple):
 
 
 def read_config(workdir: Path) -> dict:
-    """The config a workdir was made with. Raises FileNotFoundError for a folder that holds no run."""
+    """The config a workdir was made with. Raises FileNotFoundError for a folder that holds no run, ValueError for one with another
+    config.json."""
     file = Path(workdir) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {file.name} in it")
-    return json.loads(file.read_text())
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{workdir} holds no run: its {file.name} is not JSON ({error})") from error
+    lacking = [name for name in GROUPS if not (isinstance(config, dict) and isinstance(config.get(name), dict))]
+    if lacking:
+        raise ValueError(f"{workdir} holds no run: its {file.name} is that of something else, without {lacking[0]!r}")
+    return config
 
 
 def has_begun(workdir: Path) -> bool:
@@ -72,33 +79,6 @@ def check_run(workdir: Path) -> None:
     read_config(workdir)
     if not has_begun(workdir):
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
-
-
-def find_start(init_from: str, preset: str) -> Path | None:
-    """The workdir that `run.init_from` means: a folder, or a stage's default one, which may be missing (None, with a warning)."""
-    check_start(init_from, preset)
-    default = _default_workdir(init_from, preset)
-    if not init_from:
-        return None
-    if Path(init_from).is_dir():
-        return Path(init_from)
-    if (default / "checkpoints").is_dir():
-        return default
-    LOG.warning(
-        "no %s run at %s: starting from random parameters; train it first for better results", init_from, default
-    )
-    return None
-
-
-def check_start(init_from: str, preset: str) -> None:
-    """Raises FileNotFoundError where `run.init_from` means nothing: neither a folder, nor a stage, nor one's default workdir."""
-    named = not init_from or (init_from.startswith("stage") and "/" not in init_from)
-    if not (named or Path(init_from).is_dir() or (_default_workdir(init_from, preset) / "checkpoints").is_dir()):
-        raise FileNotFoundError(f"run.init_from={init_from!r} is no folder with a run")
-
-
-def _default_workdir(stage: str, preset: str) -> Path:
-    return Path("runs") / f"{stage}-{preset}"
 
 
 def read_run(workdir: Path, d_llm: int, place: Callable | None = None, backend: Backend = XLA) -> Run:
@@ -189,9 +169,6 @@ def initial_parameters(
     filed, filed_origins = published.load_leaves(config.model, model.abstract, names.keys() - leaves.keys(), place)
     leaves, origins = leaves | filed, origins | filed_origins
     new = [name for name in names if name not in leaves]
-    lacking = [name for name in new if source and "/low_rank_" not in name]
-    if lacking:
-        raise ValueError(f"run.init_from lacks {len(lacking)} parameters of this model, the first: {lacking[0]}")
     if new:
         chosen = lambda key: {name: leaf for name, leaf in named_leaves(model.init(key)).items() if name in new}
         made = jax.jit(chosen, out_shardings={name: targets[name] for name in new})(jax.random.key(config.run.seed))
@@ -210,13 +187,22 @@ def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[
     """({path: leaf}, {path: origin}) of a run, without what it had from published files itself and this one has too."""
     check_heard("run.init_from", source.meta["llm"], llm)
     own = named_leaves(source.params)
+    check_fit(own, names, published.held(config.model, names))
+    again = lambda name: name not in source.trained and source.meta["provenance"][name].startswith(FILE)
+    kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.path)}
+    return kept, dict.fromkeys(kept, f"run {tree_sha256(source.params)[:12]} step {source.step}")
+
+
+def check_fit(own: dict, names: dict, filed: Collection[str] = ()) -> None:
+    """Raises ValueError unless the leaves `own` of a run, by path, are those of this model, `names`: low-rank corrections may be new,
+    and what is `filed` comes from a file."""
     wrong = [name for name in own if name not in names]
     wrong += [name for name in own if name in names and own[name].shape != names[name].shape]
     if wrong:
         raise ValueError(f"run.init_from has {len(wrong)} parameters that do not fit this model, the first: {wrong[0]}")
-    again = lambda name: name not in source.trained and source.meta["provenance"][name].startswith(FILE)
-    kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.path)}
-    return kept, dict.fromkeys(kept, f"run {tree_sha256(source.params)[:12]} step {source.step}")
+    lacking = [name for name in names if not (name in own or name in filed or "/low_rank_" in name)]
+    if lacking:
+        raise ValueError(f"run.init_from lacks {len(lacking)} parameters of this model, the first: {lacking[0]}")
 
 
 def check_heard(who: str, theirs: dict, ours: dict) -> None:

@@ -24,6 +24,7 @@ from rise_jax.language import states_in_batch
 from rise_jax.loop import batches_on, compile_step, run_steps
 from rise_jax.models.remat import check_remat
 from rise_jax.optim import make_optimizer
+from rise_jax.origin import check_parts, check_states, find_start, parameters_of
 from rise_jax.processes import Stop, check_agreed, from_first, is_first, meet, with_signal
 from rise_jax.published import check_files, load_vae
 from rise_jax.report import peak_memory_gib, read_metrics, write_summary
@@ -74,8 +75,10 @@ def _summarised(workdir: Path) -> int:
 def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: bool) -> int:
     """A run that has begun does not depend on the folder that it started from."""
     check_files(config.model)
-    origin = None if begun else runs.find_start(config.run.init_from, config.run.preset)
+    origin = None if begun else find_start(config.run.init_from, config.run.preset)
     check_agreed(str(origin), f"run.init_from={config.run.init_from!r}")
+    if origin:
+        runs.check_run(origin)
     mesh = make_mesh(**config.mesh)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     check_remat(config.model.dit.get("remat", "none"), jax.local_devices()[0])
@@ -87,6 +90,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     states = states_in_batch if config.data.states == "cached" else language.states_in_step
     model = model_from(config.model, width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
+    if not begun:
+        _check_origin(config, model, origin, language)
     if is_first():
         write_config(workdir, config.to_dict())
     with jax.set_mesh(mesh):
@@ -146,6 +151,12 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     if code == 0:
         _finish(config, workdir, state)
     return code
+
+
+def _check_origin(config, model, origin, language) -> None:
+    if origin:
+        check_states(origin, language.identity)
+    check_parts(config, model.abstract, parameters_of(origin, language.width) if origin else {})
 
 
 def _ready(config, mesh, plain, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:

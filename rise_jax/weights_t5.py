@@ -116,7 +116,7 @@ def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, di
     if "shared.weight" not in folder.tensors and TIED in folder.tensors:
         table[TIED] = table.pop("shared.weight")
     check(abstract, table, folder, IGNORED)
-    return config, abstract, table, folder, _tokenizer(Path(path), folder)
+    return config, abstract, table, folder, t5_tokenizer(path, folder)
 
 
 def encoder_folder(path: Path | str) -> TensorFolder:
@@ -183,8 +183,10 @@ def t5_config(folder: TensorFolder) -> T5Config:
     )
 
 
-def _tokenizer(path: Path, folder: TensorFolder) -> Tokenizer:
-    """The tokenizer.json beside the weights, or in tokenizer/ of the pipeline they belong to."""
+def t5_tokenizer(path: Path | str, folder: TensorFolder) -> Tokenizer:
+    """Of the encoder at `path` with the weights in `folder`: the tokenizer.json beside them, or in tokenizer/ of the pipeline they
+    belong to. FileNotFoundError where there is none, ValueError for one that cannot be read."""
+    path = Path(path)
     places = [folder.path, path / "tokenizer", path.parent / "tokenizer"]
     files = [place / "tokenizer.json" for place in places]
     found = next((file for file in files if file.is_file()), None)

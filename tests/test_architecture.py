@@ -63,7 +63,19 @@ LAYERS = (
         "data.open",
     ),
     ("metrics", "pixel_rules"),
-    ("build", "step", "runs", "validate", "exported", "export_card", "known_sizes", "outline", "flops", "memory"),
+    (
+        "build",
+        "step",
+        "runs",
+        "origin",
+        "validate",
+        "exported",
+        "export_card",
+        "known_sizes",
+        "outline",
+        "flops",
+        "memory",
+    ),
     ("pipeline", "rise_jax"),
     ("loop",),
     ("train", "generate", "evaluate", "export", "plan"),
@@ -85,6 +97,7 @@ READS_CONFIG = {
     "build",
     "published",
     "runs",
+    "origin",
     "validate",
 }
 

@@ -1,6 +1,17 @@
-import pytest
+"""Prompts as they are given, and what --mode=generate and --mode=evaluate refuse before anything is made."""
 
-from rise_jax.generate import read_prompts
+import json
+import shutil
+
+import pytest
+from encoders import write_umt5
+from tiny import tiny_config, write_llm
+from written import write_run
+
+from rise_jax import Pipeline
+from rise_jax.condition_kinds import check_prompts
+from rise_jax.evaluate import evaluate
+from rise_jax.generate import generate, read_prompts
 
 
 def test_prompts_are_a_text_several_or_a_file(tmp_path):
@@ -27,3 +38,66 @@ def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(ValueError, match="no prompt given"):
         read_prompts(str(tmp_path / "prompts.txt"))
+
+
+def elsewhere(workdir):
+    """The run's LLM is gone: whoever loads it says so."""
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["llm"]["path"] = "/nowhere"
+    (workdir / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Without its LLM: a run. With it: one that reads prompts of 4 tokens at most, and one on patches of 16 pixels."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = lambda **changes: tiny_config(1, llm, **changes)
+    llm = write_llm(folder / "llm")
+    write_run(config(), folder / "first")
+    elsewhere(folder / "first")
+    write_run(config(model__llm__max_prompt=4), folder / "terse")
+    write_run(config(model__dit__patch=(1, 16, 16)), folder / "coarse")
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text((llm / "config.json").read_text())
+    return folder
+
+
+BESIDE = [
+    ("terse", {}, "terse: the prompt has 12 tokens, at most 4 are allowed"),
+    ("coarse", dict(height=24), "coarse: sample.height=24 is not a multiple of .* 16 x 1; nearest: 32"),
+    ("other", {}, "other holds no run: its config.json is that of something else"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sizes", "told"), BESIDE)
+def test_what_is_wrong_with_a_run_beside_is_said_before_the_first_is_loaded(runs, name, sizes, told):
+    config = tiny_config(1, runs / "llm", sample__prompts="a red circle", sample__beside=str(runs / name))
+    config.sample.update(sizes)
+    with pytest.raises(ValueError, match=told):
+        generate(config, runs / "first")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [generate, evaluate])
+def test_a_size_that_the_runs_own_model_cannot_have_is_refused_before_its_llm_is_loaded(runs, mode, tmp_path):
+    """That of the config can."""
+    shutil.copytree(runs / "coarse", tmp_path / "run")
+    elsewhere(tmp_path / "run")
+    config = tiny_config(1, runs / "llm", sample__prompts="a", sample__height=24)
+    with pytest.raises(ValueError, match="sample.height=24 is not a multiple of .* 16 x 1; nearest: 32"):
+        mode(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_size_is_looked_at_before_the_prompts_are_rephrased(runs):
+    pipe = Pipeline.from_run(runs / "coarse")
+    with pytest.raises(ValueError, match="sample.width=24 is not a multiple"):
+        pipe("", width=24)
+
+
+def test_prompts_of_the_native_condition_are_counted_by_its_tokenizer(tmp_path):
+    settings = dict(path=str(write_umt5(tmp_path / "t5", width=16)), length=3, dtype="float32")
+    check_prompts("native", ["red red"], settings)
+    with pytest.raises(ValueError, match="a text has 4 tokens with its end token, the encoder's limit is 3"):
+        check_prompts("native", ["red", "red red red"], settings)

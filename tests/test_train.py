@@ -17,9 +17,11 @@ from rise_jax.data.scenes import ScenesSource
 from rise_jax.language import Language, states_in_batch
 from rise_jax.loop import NonFiniteError, run_steps
 from rise_jax.optim import make_optimizer
-from rise_jax.runs import find_start, initial_parameters
+from rise_jax.origin import find_start
+from rise_jax.runs import initial_parameters
 from rise_jax.step import make_train_step, new_state
 from rise_jax.train import train
+from rise_jax.workdir import write_config
 
 pytestmark = pytest.mark.slow
 
@@ -33,21 +35,28 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def begun(workdir):
+    """A folder that looks like a run with a checkpoint."""
+    for item in ("state", "meta"):
+        (workdir / "checkpoints" / "2" / item).mkdir(parents=True)
+    write_config(workdir, {group: {} for group in ("model", "data", "optim", "sample", "run")})
+
+
 def test_no_name_starts_from_nothing(here, caplog):
     assert find_start("", "tiny") is None and not caplog.records
 
 
 def test_a_folder_is_meant_itself(here):
-    (here / "mine").mkdir()
-    (here / "runs" / "mine-tiny" / "checkpoints").mkdir(parents=True)
+    begun(here / "mine")
+    begun(here / "runs" / "mine-tiny")
     assert find_start("mine", "tiny") == Path("mine")
     assert find_start(str(here / "mine"), "tiny") == here / "mine"
 
 
 def test_a_stage_means_its_default_workdir(here, caplog):
-    (here / "runs" / "stage1-small" / "checkpoints").mkdir(parents=True)
+    begun(here / "runs" / "stage1-small")
     assert find_start("stage1", "small") == Path("runs/stage1-small")
-    assert not caplog.records
+    assert "no stage1 run" not in caplog.text
 
 
 def test_a_stage_that_has_not_been_run_is_warned_of(here, caplog):

@@ -1,0 +1,75 @@
+"""What a new run starts from, `run.init_from`, looked at before the LLM works for hours and before anything is written."""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rise_jax import published
+from rise_jax.build import model_from
+from rise_jax.checkpoint import Checkpoints
+from rise_jax.language import states_in_batch
+from rise_jax.runs import RANDOM, check_fit, check_heard, read_config, refuse_random
+from rise_jax.trees import named_leaves, partition
+
+LOG = logging.getLogger(__name__)
+
+
+def find_start(init_from: str, preset: str) -> Path | None:
+    """The workdir that `run.init_from` means: a folder, or a stage's default one, which may be missing (None, with a warning).
+
+    Raises as `check_start` does.
+    """
+    folder = check_start(init_from, preset)
+    if init_from and not folder:
+        default = _default_workdir(init_from, preset)
+        LOG.warning(
+            "no %s run at %s: starting from random parameters; train it first for better results", init_from, default
+        )
+    return folder
+
+
+def check_start(init_from: str, preset: str) -> Path | None:
+    """The folder that `run.init_from` means, None for a stage that has not been run, or for ''.
+
+    Raises FileNotFoundError where it means nothing, or a folder that holds no run, and ValueError where that folder's
+    config.json is no run's. Checkpoints are not opened: processes do so together, and each may mean another folder here.
+    """
+    default = _default_workdir(init_from, preset)
+    folders = [Path(init_from)] if init_from and Path(init_from).is_dir() else []
+    folders += [default] if init_from and (default / "checkpoints").is_dir() else []
+    if folders:
+        read_config(folders[0])
+        return folders[0]
+    if init_from and ("/" in init_from or not init_from.startswith("stage")):
+        raise FileNotFoundError(f"run.init_from={init_from!r} is no folder with a run")
+    return None
+
+
+def parameters_of(origin: Path, d_llm: int) -> dict:
+    """The abstract parameters of the run in `origin`, on an LLM of width `d_llm`. Raises as `model_from` does."""
+    return model_from(ConfigDict(read_config(origin)["model"]), d_llm, states_in_batch).abstract
+
+
+def check_parts(config: ConfigDict, abstract: dict, theirs: dict) -> None:
+    """Raises ValueError where `theirs`, the abstract parameters of the run to start from ({} without one), are not those of `config`,
+    which are `abstract`; or where some that are not trained would be random."""
+    names, own = named_leaves(abstract), named_leaves(theirs)
+    filed = published.held(config.model, names)
+    if own:
+        check_fit(own, names, filed)
+    origins = {name: RANDOM if name not in own and name not in filed else "" for name in names}
+    refuse_random(partition(abstract, list(config.model.trainable))[1], origins)
+
+
+def check_states(origin: Path, llm: dict) -> None:
+    """Raises ValueError when the run in `origin` was trained on other states than those of `llm`, an identity; OSError where none of
+    its checkpoints can be read."""
+    checkpoints = Checkpoints(origin / "checkpoints", read_only=True)
+    meta = checkpoints.meta()
+    checkpoints.close()
+    check_heard("run.init_from", meta["llm"], llm)
+
+
+def _default_workdir(stage: str, preset: str) -> Path:
+    return Path("runs") / f"{stage}-{preset}"
