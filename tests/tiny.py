@@ -89,7 +89,7 @@ def write_llm(folder: Path, seed: int = 0, ends: bool = False) -> Path:
 def as_gguf(folder: Path) -> Path:
     """What `write_llm` wrote, in one file in the same folder: read without transformers, whose import takes a tenth of a start.
 
-    Rotary rows stay as they are, which makes another model of random weights; and two zero bytes are one more token.
+    The same model with the same ids; two zero bytes are one more token.
     """
     settings = json.loads((folder / "config.json").read_text())
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -117,6 +117,8 @@ def as_gguf(folder: Path) -> Path:
     for name, value in load_file(folder / "model.safetensors").items():
         layer = name.split(".")[2] if ".layers." in name else ""
         value = np.pad(value, ((0, 1), (0, 0))) if "embed" in name else value
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp's order of rotary rows
+            value = value.reshape(-1, 2, WIDTH // HEADS // 2, WIDTH).swapaxes(1, 2).reshape(value.shape)
         writer.add_tensor(names[name.replace(f".{layer}.", ".{}.") if layer else name].format(layer), value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
