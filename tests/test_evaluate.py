@@ -131,7 +131,8 @@ def test_the_heldout_loss_tells_the_conditions_apart(run, tmp_path):
     assert len(losses["times"]) == len(losses["true"]) and np.isfinite(losses["true"]).all()
     assert len({tuple(losses[name]) for name in ("true", "shuffled", "zeroed")}) == 3
     alone = evaluate.heldout_loss(Pipeline.from_run(run.workdir), held_out(1), tmp_path, batch_size=4)
-    assert alone["shuffled"] == alone["true"] != alone["zeroed"]
+    np.testing.assert_allclose(alone["shuffled"], alone["true"], rtol=1e-6)  # of one text; rows of a batch round apart
+    assert np.abs(np.divide(alone["zeroed"], alone["true"]) - 1).max() > 1e-3
 
 
 def test_shares_and_intervals_count_only_prompts_that_asked():
