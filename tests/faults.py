@@ -96,7 +96,8 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {
         "PYTHON": sys.executable,  # of launch/local.sh
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+        # The last one as launch/local.sh has it.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK} --xla_cpu_enable_concurrency_optimized_scheduler=false",
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT / "tests" / "fixtures" / "without_torch"),
