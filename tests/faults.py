@@ -26,6 +26,7 @@ from tiny import as_gguf, tiny_flags, write_llm
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 8, 2
+ONE_BY_ONE = "--xla_cpu_enable_concurrency_optimized_scheduler=false"  # collectives, as launch/local.sh has it
 TEXTS, BATCH = 3, 32  # of 192 clips: an epoch ends after step 6
 DEVICES = 2  # of a run, over its processes
 HEARTBEAT = 20  # seconds
@@ -96,8 +97,7 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {
         "PYTHON": sys.executable,  # of launch/local.sh
         "JAX_PLATFORMS": "cpu",
-        # The last one as launch/local.sh has it.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK} --xla_cpu_enable_concurrency_optimized_scheduler=false",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK} {ONE_BY_ONE}",
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT / "tests" / "fixtures" / "without_torch"),

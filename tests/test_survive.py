@@ -36,7 +36,7 @@ from rise_jax.trees import named_leaves
 
 pytestmark = pytest.mark.slow
 
-#: Now and then, on CPU, two all-gathers of one step change places in one of the processes (launch/README.md); why is not known.
+#: Two collectives at once on CPU may change places in one of the processes (launch/README.md).
 GLOO_MIXED_UP = "Received data size doesn't match expected size"
 
 
