@@ -46,14 +46,13 @@ def _wan(size: str, **dit) -> dict:
     )
 
 
-# Sizes that stage 0 makes backbones of, and where its DiT is not the row's: it reads prompts as they are, 64 tokens and 4 registers.
-BACKBONES = {"tiny": dict(text_len=68), "small": {}}
+BACKBONES = ("tiny", "small")  # sizes that stage 0 makes backbones of
 
 
 def _frozen(name: str) -> dict:
     """The row called `name` on what `--config=configs/stage0.py:NAME --mode=export` left."""
     row, export = PRESETS[name], f"runs/stage0-{name}/export"
-    dit = row["model"]["dit"] | BACKBONES[name] | dict(path=export, low_rank=0)
+    dit = row["model"]["dit"] | dict(path=export, low_rank=0)
     model = row["model"] | dict(dit=dit, null=f"{export}/null.safetensors")
     return row | dict(model=model, stage1=row["stage1"] | ADAPTER, stage2=row["stage2"] | MOTION | dict(low_rank=8))
 
@@ -70,20 +69,22 @@ PRESETS = {
                 heads=4,
                 depth=6,
                 patch=(1, 4, 4),
-                text_len=36,
+                text_len=68,  # whatever the condition: prompts of 64 tokens and the registers
                 coordinates=True,
                 remat="none",
                 unroll=True,
             ),
             llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=32, layer=-1),
+            native=dict(path="", length=64, dtype="float32"),
             dtype="float32",
+            shift=6.0,
         ),
         data=dict(height=24, width=24, texts=1000, states="cached"),
         optim=dict(kind="muon"),
         sample=dict(height=24, width=24),
-        frames=9,
+        frames=5,
         stage1=dict(steps=2000, batch_size=16, learning_rate=2e-3, decay=(1000, 2000)),
-        stage2=dict(steps=6000, batch_size=16, learning_rate=2e-3, decay=(3000, 6000)),
+        stage2=dict(steps=12000, batch_size=16, learning_rate=2e-3, decay=(6000, 12000)),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px, 50 GiB at most.
     "small": dict(
@@ -102,6 +103,7 @@ PRESETS = {
                 unroll=False,
             ),
             llm=dict(path="embedded", instruction="scenes", dtype="bfloat16", max_prompt=96, max_new=96, layer=-1),
+            native=dict(path="", length=124, dtype="bfloat16"),
             dtype="bfloat16",
         ),
         data=dict(height=64, width=64, texts=1000, states="cached"),

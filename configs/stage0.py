@@ -27,7 +27,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         raise ValueError(
             f"preset {size!r} has a backbone, {config.model.dit.path}; stage 0 makes one: use {' or '.join(BACKBONES)}"
         )
-    config.model.dit.update(BACKBONES[size])
     config.run.stage = "stage0_images" if images else "stage0"
     config.run.init_from = "" if images else "stage0_images"
     config.model.condition = "encode"

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rise_jax import rephrase
 from rise_jax.data.sources import Text
-from rise_jax.language import Language, Pair, Rephrasings, batch_size, gathered, rounded
+from rise_jax.language import Language, Pair, Rephrasings, batch_size, gathered, identity_of, rounded
 from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
 from rise_jax.sharding import put_parameters, put_rows, shardings
@@ -126,14 +126,7 @@ class Encode(_Encoded):
         encode = partial(rephrase.encoded, llm, leading=loaded.tokenizer.leading, layer=layer)
         sizes = dict(pad=loaded.tokenizer.pad, length=max_prompt, width=config.width)
         super().__init__(encode, put_parameters(loaded.params, mesh), **sizes, mesh=mesh)
-        self.identity = {
-            "sha256": loaded.identity["sha256"],
-            "dtype": dtype,
-            "condition": self.condition,
-            "align": "token",
-        }
-        if layer != config.depth:
-            self.identity["layer"] = layer
+        self.identity = identity_of(self.condition, loaded.identity["sha256"], dtype, layer=layer, depth=config.depth)
 
     def pair(self, text: Text) -> Pair:
         """The prompt with its own ids; its caption, given or not, is not looked at."""
@@ -164,7 +157,7 @@ class RewriteThenEncode(_Encoded):
         super().__init__(
             encode, writer.params, pad=tokenizer.pad, length=writer.length, width=writer.width, mesh=writer.mesh
         )
-        self.identity = writer.identity | {"condition": self.condition, "align": "token"}
+        self.identity = writer.identity | identity_of(self.condition, None, writer.identity["dtype"])
 
     def pair(self, text: Text) -> Pair:
         """A text whose rephrasing is given. Raises ValueError when that has more tokens than `max_new`."""
@@ -196,12 +189,7 @@ class Native(_Encoded):
         params = loaded.params if mesh else jax.device_put(jax.tree.map(np.asarray, loaded.params))
         sizes = dict(pad=loaded.tokenizer.pad, length=length, width=loaded.config.width)
         super().__init__(encode, params, **sizes, mesh=mesh)
-        self.identity = {
-            "sha256": loaded.source.sha256(),
-            "dtype": dtype,
-            "condition": self.condition,
-            "align": "token",
-        }
+        self.identity = identity_of(self.condition, loaded.source.sha256(), dtype)
 
     def pair(self, text: Text) -> Pair:
         """The prompt with its own ids. Raises ValueError for an empty prompt, or one over `length`."""

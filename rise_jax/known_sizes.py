@@ -42,14 +42,12 @@ UMT5_XXL = T5Config(
 
 
 def llm_sizes(path: str) -> tuple[LLMConfig, str]:
-    """Of `model.llm.path`. ValueError for files that `load_llm` would refuse, or a path that is not there and whose name is none of
+    """Of `model.llm.path`. ValueError for weights that `load_llm` would refuse, or a path that is not there and whose name is none of
     LLMS."""
     if path == EMBEDDED:
         return LLMS[EMBEDDED_LLM], f"those of {EMBEDDED_LLM}-Instruct"
     if Path(path).exists():
-        file, sizes, *_ = checked_llm(path)
-        file.tokenizer()
-        return sizes, f"from {path}"
+        return checked_llm(path)[1], f"from {path}"
     name = Path(path).name.removesuffix("-Instruct")
     if name not in LLMS:
         near = difflib.get_close_matches(name, LLMS, n=1, cutoff=0.0)[0]

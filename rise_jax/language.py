@@ -93,15 +93,14 @@ class Language:
         self.llm, _ = make_llm(loaded.config, jnp.dtype(dtype))
         self.mesh = mesh
         self.params = put_parameters(loaded.params, mesh)
-        #: What the states depend on, for fingerprints and checkpoints. Paths may differ between machines, so they are left out.
-        self.identity = {
-            "sha256": loaded.identity["sha256"],
-            "dtype": dtype,
-            "instruction": hashlib.sha256(self.rules.encode()).hexdigest(),
-            "align": "predictor",
-        }
-        if self.layer != loaded.config.depth:  # absent = the final states, as in runs from before there was a choice
-            self.identity["layer"] = self.layer
+        self.identity = identity_of(
+            self.condition,
+            loaded.identity["sha256"],
+            dtype,
+            rules=self.rules,
+            layer=self.layer,
+            depth=loaded.config.depth,
+        )
         self._teach = jax.jit(partial(rephrase.teacher_forced, self.llm, layer=self.layer), **gathered(mesh))
         self._decode = jax.jit(
             partial(rephrase.rephrase, self.llm, layer=self.layer),
@@ -208,6 +207,21 @@ class Language:
     @property
     def _pad(self) -> int:
         return self.prompter.tokenizer.pad
+
+
+def identity_of(
+    condition: str, sha256: str | None, dtype: str, *, rules: str | None = None, layer: int = -1, depth: int = -1
+) -> dict:
+    """JSON of what the states depend on, for fingerprints and checkpoints. Paths may differ between machines, so they are left out.
+
+    `rules` are the instruction's text, where there is one; `layer` is absent where it is the last of `depth`; so is a `sha256` that
+    is not known.
+    """
+    identity = {"dtype": dtype, "align": "predictor" if condition == Language.condition else "token"}
+    identity |= {"sha256": sha256} if sha256 else {}
+    identity |= {"condition": condition} if condition != Language.condition else {}
+    identity |= {"instruction": hashlib.sha256(rules.encode()).hexdigest()} if rules is not None else {}
+    return identity | ({"layer": layer} if layer != depth else {})
 
 
 def instruction_file(name: str) -> Path:

@@ -9,7 +9,7 @@ from rise_jax import published
 from rise_jax.build import model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.language import states_in_batch
-from rise_jax.runs import RANDOM, check_fit, check_heard, read_config, refuse_random
+from rise_jax.runs import FILE, RANDOM, check_fit, check_heard, read_config, refuse_random
 from rise_jax.trees import named_leaves, partition
 
 LOG = logging.getLogger(__name__)
@@ -63,12 +63,19 @@ def check_parts(config: ConfigDict, abstract: dict, theirs: dict) -> None:
 
 
 def check_states(origin: Path, llm: dict) -> None:
-    """Raises ValueError when the run in `origin` was trained on other states than those of `llm`, an identity; OSError where none of
-    its checkpoints can be read."""
+    """Raises ValueError when the run in `origin` was trained on other states than those of `llm`, an identity, which has no sha256
+    where its files are not here; OSError where none of its checkpoints can be read, or its frozen parameters are gone."""
     checkpoints = Checkpoints(origin / "checkpoints", read_only=True)
     meta = checkpoints.meta()
     checkpoints.close()
-    check_heard("run.init_from", meta["llm"], llm)
+    theirs = {name: value for name, value in meta["llm"].items() if name in llm or name != "sha256"}
+    check_heard("run.init_from", theirs, llm)
+    frozen = partition(meta["provenance"], list(read_config(origin)["model"]["trainable"]))[1]
+    kept = [name for name, source in named_leaves(frozen).items() if not source.startswith(FILE)]
+    if kept and not (origin / "frozen").is_dir():
+        raise FileNotFoundError(
+            f"{origin / 'frozen'} is missing: {len(kept)} frozen parameters of that run were kept there"
+        )
 
 
 def _default_workdir(stage: str, preset: str) -> Path:

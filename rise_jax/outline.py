@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rise_jax import known_sizes, rephrase
 from rise_jax.build import Model, model_from
 from rise_jax.condition_kinds import CONDITIONS
-from rise_jax.language import instruction_file, states_in_batch
+from rise_jax.language import identity_of, instruction_file, states_in_batch
 from rise_jax.models.attention import XLA, Backend
 from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
@@ -20,11 +20,13 @@ from rise_jax.models.wan_vae import WanVAE
 from rise_jax.optim import make_optimizer
 from rise_jax.published import LEARNED, NATIVE
 from rise_jax.step import new_state
-from rise_jax.text import Instruction
+from rise_jax.text import Instruction, Prompter, Tokenizer
 from rise_jax.trees import partition
 from rise_jax.utf8 import read_utf8
+from rise_jax.weights import EMBEDDED, open_weights
+from rise_jax.weights_t5 import encoder_folder
 
-LETTERS = 4  # per token of an instruction, about, in English
+LETTERS = 4  # of an English instruction per token, about
 
 
 class Text(NamedTuple):
@@ -88,6 +90,23 @@ def parameters_of(model: ConfigDict, width: int) -> dict:
     return model_from(_with_null(model), width, states_in_batch, vae=vae).abstract
 
 
+def text_identity(model: ConfigDict) -> dict:
+    """The identity (`language.identity_of`) of what conditions the video, without the hash of files that are not here.
+
+    Those that are here are read as a whole.
+    """
+    condition = model.condition
+    settings = model[CONDITIONS[condition].group]
+    if condition == NATIVE:
+        here = settings.path and Path(settings.path).exists()
+        return identity_of(condition, encoder_folder(settings.path).sha256() if here else None, settings.dtype)
+    rules = instruction_file(settings.instruction).read_bytes().decode() if CONDITIONS[condition].writes else None
+    sizes = known_sizes.llm_sizes(settings.path)[0]
+    layer = sizes.layer_index(settings.get("layer", -1))
+    sha256 = open_weights(settings.path).sha256() if _is_here(settings.path) else None
+    return identity_of(condition, sha256, settings.dtype, rules=rules, layer=layer, depth=sizes.depth)
+
+
 def step_arguments(config: ConfigDict, outlined: Outline, size: int) -> tuple:
     """(state, frozen, batch, key): what a training step takes, for `size` clips."""
     data, text = config.data, outlined.text
@@ -127,9 +146,10 @@ def _llm(config: ConfigDict) -> Text:
     layer = sizes.layer_index(settings.get("layer", -1))
     length = settings[CONDITIONS[condition].budget]
     tokens = lambda size, length: (_like((size, length), jnp.int32), _like((size, length), jnp.bool_))
+    tokenizer = open_weights(settings.path).tokenizer() if _is_here(settings.path) else None
     prefix = None
     if CONDITIONS[condition].writes:
-        ids = _like((_instruction_length(settings.instruction),), jnp.int32)
+        ids = _like((_instruction_length(settings, tokenizer),), jnp.int32)
         prefix = jax.eval_shape(partial(rephrase.encode_prefix, llm), params, ids)
 
     def states(frozen, batch):
@@ -193,11 +213,17 @@ def _with_null(model: ConfigDict) -> ConfigDict:
     return ConfigDict(model.to_dict() | {"null": NATIVE})
 
 
-def _instruction_length(name: str) -> int:
-    """Tokens of an instruction, about: a token per LETTERS letters, as its LLM's tokenizer may not be here."""
-    file = instruction_file(name)
-    Instruction.read(file)
-    return max(1, len(read_utf8(file)) // LETTERS)
+def _is_here(llm: str) -> bool:
+    return llm == EMBEDDED or Path(llm).exists()
+
+
+def _instruction_length(settings: ConfigDict, tokenizer: Tokenizer | None) -> int:
+    """Tokens of an instruction in the LLM's chat; about, a token per LETTERS letters, where its tokenizer is not here."""
+    file = instruction_file(settings.instruction)
+    instruction = Instruction.read(file)
+    if tokenizer is None:
+        return max(1, len(read_utf8(file)) // LETTERS)
+    return len(Prompter(tokenizer, instruction, settings.max_prompt).prefix_ids)
 
 
 def _dit_note(path: str) -> str:

@@ -25,7 +25,7 @@ from rise_jax.language import Rephrasings, gathered
 from rise_jax.models.attention import Backend
 from rise_jax.published import load_vae, open_vae
 from rise_jax.sharding import batch_ways, put_parameters, put_rows, shardings
-from rise_jax.validate import check_clip
+from rise_jax.validate import check_clip, sample_faults
 from rise_jax.video import to_uint8
 
 LOG = logging.getLogger(__name__)
@@ -98,27 +98,21 @@ class Pipeline:
     ) -> Output:
         """One video per prompt; video i takes seed + i. What is None takes the run's own `sample` value.
 
-        Raises ValueError for an empty prompt, one over the token budget, or a size that does not fit the model.
+        Raises ValueError for an empty prompt, one over the token budget, a size that does not fit the model, or a setting that
+        --config.sample would refuse.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompt given: write at least one")
-        defaults = self.config.sample
-        check_size(self.config, dict(frames=frames, height=height, width=width))
-        temperature = defaults.temperature if temperature is None else temperature
-        seeds = [seed + i for i in range(len(prompts))]
-        rephrasings = self.language.rephrase(prompts, temperature=temperature, seeds=seeds)
-        videos = self.render(
-            rephrasings,
-            seeds,
-            steps=steps,
-            guidance=guidance,
-            stepper=stepper,
-            frames=frames,
-            height=height,
-            width=width,
-        )
-        return Output(videos, rephrasings.texts, seeds)
+        for number, prompt in enumerate(prompts, 1):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {number} of {len(prompts)} is no text: {prompt!r}")
+        given = dict(steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width)
+        sample = settled(self.config.sample, given | dict(seed=seed, temperature=temperature))
+        check_size(self.config, sample)
+        seeds = [sample.seed + i for i in range(len(prompts))]
+        rephrasings = self.language.rephrase(prompts, temperature=sample.temperature, seeds=seeds)
+        return Output(self.render(rephrasings, seeds, **given), rephrasings.texts, seeds)
 
     def render(
         self,
@@ -137,12 +131,12 @@ class Pipeline:
         Several processes each make a part, and all get all of it: all must call it, with the same arguments.
         """
         given = dict(steps=steps, guidance=guidance, stepper=stepper, frames=frames, height=height, width=width)
-        chosen = {name: self.config.sample[name] if value is None else value for name, value in given.items()}
-        size = check_size(self.config, chosen)
+        sample = settled(self.config.sample, given)
+        size = check_size(self.config, sample)
         seeds = np.asarray(seeds, np.int32)
-        times = sampler.times_for(chosen["stepper"], chosen["steps"], self.model.shift)
+        times = sampler.times_for(sample.stepper, sample.steps, self.model.shift)
         ways = batch_ways(self.mesh)
-        limit = -(-min(self.config.sample.batch_size, len(seeds)) // ways) * ways
+        limit = -(-min(sample.batch_size, len(seeds)) // ways) * ways
         if len(seeds) < ways:
             LOG.info(
                 "%d videos leave %d of %d devices without one: a larger mesh.context shares each",
@@ -161,9 +155,9 @@ class Pipeline:
                     self.vae,
                     *rows,
                     times,
-                    chosen["guidance"],
+                    sample.guidance,
                     shape=self.model.latent_shape(size),
-                    stepper=chosen["stepper"],
+                    stepper=sample.stepper,
                 )
             videos.append(np.asarray(video)[:count])
         return np.concatenate(videos)
@@ -173,13 +167,24 @@ class Pipeline:
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
 
-def check_size(config: ConfigDict, asked: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(frames, height, width) as `asked`, by the `sample` group of a run's config where that is None.
+def settled(sample: ConfigDict, given: Mapping[str, Any]) -> ConfigDict:
+    """A `sample` group with what is `given` in place of its own, None aside. Raises ValueError for values that are none."""
+    settings = sample.copy_and_resolve_references()
+    for name, value in given.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        try:
+            settings.update({} if value is None else {name: value})
+        except TypeError as error:
+            kind = type(sample[name]).__name__
+            raise ValueError(f"sample.{name}={value!r} is no {kind}, such as {sample[name]!r}") from error
+    if faults := sample_faults(settings):
+        raise ValueError("; ".join(faults))
+    return settings
 
-    Raises ValueError where they do not fit the run's model.
-    """
-    names = ("frames", "height", "width")
-    size = tuple(config.sample[name] if asked[name] is None else asked[name] for name in names)
+
+def check_size(config: ConfigDict, sample: ConfigDict) -> tuple[int, int, int]:
+    """(frames, height, width) of a `sample` group. Raises ValueError where they do not fit the model of a run's config."""
+    size = sample.frames, sample.height, sample.width
     faults = check_clip(*size, config.model.dit.patch, open_vae(config.model.vae.path), "sample")
     if faults:
         raise ValueError("; ".join(faults))

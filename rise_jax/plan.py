@@ -17,8 +17,16 @@ from rise_jax import known_sizes, memory, sampler
 from rise_jax.build import Model
 from rise_jax.flops import count_flops, step_flops
 from rise_jax.models.attention import Backend
-from rise_jax.origin import check_parts, check_start
-from rise_jax.outline import Outline, drawn, outline, parameters_of, sampler_arguments, step_arguments
+from rise_jax.origin import check_parts, check_start, check_states
+from rise_jax.outline import (
+    Outline,
+    drawn,
+    outline,
+    parameters_of,
+    sampler_arguments,
+    step_arguments,
+    text_identity,
+)
 from rise_jax.pipeline import make_videos
 from rise_jax.published import CAPTIONS, check_files
 from rise_jax.runs import check_run, has_begun, read_config
@@ -65,6 +73,8 @@ def plan(config: ConfigDict, workdir: Path) -> int:
     if origin:
         check_run(origin)
     outlined = checked_outline(config)
+    if origin:
+        check_states(origin, text_identity(config.model))
     if not begun:
         theirs = parameters_of(ConfigDict(read_config(origin)["model"]), outlined.text.width) if origin else {}
         check_parts(config, outlined.model.abstract, theirs)

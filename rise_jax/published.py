@@ -28,7 +28,7 @@ from rise_jax.weights_wan_vae import checked_wan_vae, load_wan_vae, open_wan_vae
 PIXELS = "pixels"
 LEARNED, NATIVE = "learned", "native"  # values of model.null beside a file's path
 CAPTIONS = 32  # encoded at a time
-RUNTIME = ("path", "unroll", "remat", "low_rank", "text_len")  # of model.dit: no sizes of the published weights
+RUNTIME = ("path", "unroll", "remat", "low_rank", "text_len")  # of model.dit: no sizes of the weights
 
 
 def open_vae(path: str) -> Pixels | WanVAE:
@@ -52,10 +52,12 @@ def dit_faults(model: ConfigDict, channels: int) -> list[str]:
     """
     if not model.dit.path:
         return []
-    sizes = wan_sizes(transformer_folder(model.dit.path))[0]
+    folder = transformer_folder(model.dit.path)
+    sizes = wan_sizes(folder)[0]
     sizes |= {"patch": tuple(sizes["patch"])}
     row = {"coordinates": False, "eps": EPS} | model.dit.to_dict()
-    asked = {f"model.dit.{name}": (value, sizes[name]) for name, value in row.items() if name not in RUNTIME}
+    said = [name for name in row if name not in RUNTIME or (name == "text_len" and name in folder.settings)]
+    asked = {f"model.dit.{name}": (row[name], sizes[name]) for name in said}
     asked["model.adapter.d_ctx"] = model.adapter.d_ctx, sizes["d_ctx"]
     asked[f"channels of model.vae.path={model.vae.path}"] = channels, sizes["channels"]
     return [

@@ -4,6 +4,8 @@ The model reads chat(instruction, prompt). Its first part is the same for every 
 values are computed once; the rest (`Prompter.prompt_ids`) ends where the answer begins.
 """
 
+import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +20,7 @@ from rise_jax.settings import CHAT_TEMPLATE, check_values
 from rise_jax.tensor_folder import parsed
 from rise_jax.utf8 import read_utf8
 
+LOG = logging.getLogger(__name__)
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # what else a tokenizer is made of
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # where a chat template may stand
 
@@ -173,10 +176,14 @@ class Prompter:
     def __init__(self, tokenizer: Tokenizer, instruction: Instruction, max_prompt: int):
         """`max_prompt` is the most tokens a user's prompt itself may have.
 
-        ValueError for a chat template that does not give every message once.
+        ValueError for a chat template that does not give every message once, or an instruction that holds a control token.
         """
+        for text in (instruction.rule, *itertools.chain(*instruction.examples)):
+            _checked(tokenizer, text, "instruction")
         self.tokenizer, self.instruction, self.max_prompt = tokenizer, instruction, max_prompt
         self.chat = tokenizer.template is not None
+        if not self.chat:
+            LOG.warning("%s holds no chat template: the LLM is shown the instruction as plain text", tokenizer.source)
         head, self._tail = self._around_prompt()
         encoding = tokenizer.backend.encode(head, add_special_tokens=False)
         # The cut stands behind a control token, which no merge crosses (without a template: behind the last example).

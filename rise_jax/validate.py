@@ -6,7 +6,7 @@ Every fault has the value, the limit and the nearest valid choice.
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,10 +30,16 @@ def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
     vae = vae or open_vae(config.model.vae.path)
     if faults := [*_counts(config.model)]:  # nothing else can be worked out with these
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
-    faults = [*_choices(config), *_ranges(config), *_run_parts(config.run), *_attention(config.model)]
-    faults += [*_patterns(config.model.trainable), *_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
+    faults = [*_choices(config), *_sampling(config.sample), *_ranges(config), *_run_parts(config.run)]
+    faults += [*_attention(config.model), *_patterns(config.model.trainable)]
+    faults += [*_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def sample_faults(sample: ConfigDict) -> list[str]:
+    """Faults of a `sample` group that can be seen without a model."""
+    return [*_sampling(sample), *_ranges(ConfigDict({"sample": sample}))]
 
 
 def check_clip(
@@ -95,14 +101,22 @@ def _choices(config: ConfigDict) -> Iterable[str]:
         "model.prediction": (config.model.prediction, PREDICTIONS),
         "optim.kind": (config.optim.kind, OPTIMIZERS),
         "data.states": (config.data.states, ("cached", "in_step")),
-        "sample.stepper": (config.sample.stepper, STEPPERS),
     }
     for key, (value, valid) in choices.items():
-        if value not in valid:
-            near = difflib.get_close_matches(str(value), list(valid), n=1, cutoff=0.0)[0]
-            yield f"{key}={value!r} is unknown (nearest: {near}); valid: {', '.join(valid)}"
+        yield from _choice(key, value, valid)
     if fault := source_fault(config.data.source):
         yield fault
+
+
+def _sampling(sample: ConfigDict) -> Iterable[str]:
+    yield from _choice("sample.stepper", sample.stepper, STEPPERS)
+    yield from _seed("sample.seed", sample.seed, 2**31 - 1_000_000)  # prompts have one each, counted up from here
+
+
+def _choice(key: str, value: Any, valid: Collection[str]) -> Iterable[str]:
+    if value not in valid:
+        near = difflib.get_close_matches(str(value), list(valid), n=1, cutoff=0.0)[0]
+        yield f"{key}={value!r} is unknown (nearest: {near}); valid: {', '.join(valid)}"
 
 
 # (keys of each group, what their numbers must be, in words, the nearest one of a wrong number)
@@ -140,36 +154,34 @@ RANGES: tuple[tuple[dict[str, str], Callable, str, Callable], ...] = (
 
 
 def _ranges(config: ConfigDict) -> Iterable[str]:
+    """Of numbers in those groups that `config` has."""
     infinite = {key: value for key, value in _numbers(config) if not math.isfinite(value)}
     yield from (f"{key}={value} must be a finite number" for key, value in infinite.items())
     for groups, fits, words, near in RANGES:
         for key, value in _named(config, groups):
             if key not in infinite and not fits(value):
                 yield f"{key}={value} must be {words}{near(value)}"
-    yield from _seeds(config)
 
 
 def _numbers(config: ConfigDict) -> Iterable[tuple[str, float]]:
-    groups = {group: " ".join(config[group]) for group in ("model", "data", "optim", "sample")}
+    groups = {group: " ".join(config[group]) for group in ("model", "data", "optim", "sample") if group in config}
     return ((key, value) for key, value in _named(config, groups) if isinstance(value, float))
 
 
 def _named(config: ConfigDict, groups: dict[str, str]) -> Iterable[tuple[str, Any]]:
-    """(key, value) of the names of each group."""
+    """(key, value) of the names of each group that is there."""
     for group, names in groups.items():
-        yield from ((f"{group}.{name}", config[group][name]) for name in names.split())
+        if group in config:
+            yield from ((f"{group}.{name}", config[group][name]) for name in names.split())
 
 
-def _seeds(config: ConfigDict) -> Iterable[str]:
-    for key, value, limit in (
-        ("run.seed", config.run.seed, 2**32 - 1),
-        ("sample.seed", config.sample.seed, 2**31 - 1_000_000),  # prompts have one each, counted up from here
-    ):
-        if value > limit:
-            yield f"{key}={value} must be at most {limit}; nearest: {limit}"
+def _seed(key: str, value: int, limit: int) -> Iterable[str]:
+    if value > limit:
+        yield f"{key}={value} must be at most {limit}; nearest: {limit}"
 
 
 def _run_parts(run: ConfigDict) -> Iterable[str]:
+    yield from _seed("run.seed", run.seed, 2**32 - 1)
     if run.accumulate > 0:
         yield from _divides("run.batch_size", run.batch_size, f"run.accumulate={run.accumulate}", run.accumulate)
     if fault := window_fault(run.profile, run.steps):

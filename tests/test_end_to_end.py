@@ -131,7 +131,7 @@ def test_generate_writes_videos_texts_and_a_sheet(llm, stage2_run):
     assert [record["prompt"] for record in records] == ["a red circle", "un cuadrado azul"]
     assert [record["seed"] for record in records] == [0, 1] and all("rephrased" in record for record in records)
     with av.open(str(folder / "000.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) == 9
+        assert sum(1 for _ in video.decode(video=0)) == config.sample.frames == 5
     assert Image.open(folder / "contact_sheet.png").width > 300
 
 
@@ -156,6 +156,11 @@ def test_a_mistake_is_answered_with_words(llm, tmp_path):
     assert 'no such config key: Did you mean "steps" instead of "stpes"?' in output
     assert output.startswith("error: ") and "Traceback" not in output
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("mode", main.MODES)
+def test_every_mode_has_its_function(mode):
+    assert main._mode(mode).__name__ == mode
 
 
 def test_a_mistake_in_the_config_file_is_told_in_a_line(monkeypatch):

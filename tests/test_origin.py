@@ -71,15 +71,10 @@ UNLIKE = [
 
 @pytest.mark.parametrize(("changes", "told"), UNLIKE, ids=[str(row[0]) for row in UNLIKE])
 def test_a_run_unlike_this_one_is_refused_before_the_llm_works(folder, tmp_path, changes, told):
-    refused(config_of(folder, run__init_from=str(folder / "run"), **changes), tmp_path / "run", told)
-
-
-def test_a_plan_knows_parameters_that_do_not_fit(folder, tmp_path):
-    config = config_of(folder, run__init_from=str(folder / "run"), model__adapter__width=32)
-    with pytest.raises(ValueError, match="run.init_from has .* parameters that do not fit this model"):
+    config = config_of(folder, run__init_from=str(folder / "run"), **changes)
+    with pytest.raises(ValueError, match=told):
         plan(config, tmp_path / "run")
-    config.model.adapter.width = 16
-    assert plan(config, tmp_path / "run") == 0
+    refused(config, tmp_path / "run", told)
 
 
 def test_what_would_stay_random_is_refused_before_the_llm_works(folder, tmp_path):
@@ -90,6 +85,19 @@ def test_what_would_stay_random_is_refused_before_the_llm_works(folder, tmp_path
         plan(config, tmp_path / "run")
     config.run.init_from = str(folder / "run")
     assert plan(config, tmp_path / "run") == 0
+
+
+def test_a_run_whose_frozen_parameters_are_gone_is_refused_before_the_llm_works(folder, tmp_path):
+    """Those it had from another run; what published files hold is read from there."""
+    shutil.copytree(folder / "run", tmp_path / "origin")
+    file = tmp_path / "origin" / "config.json"
+    config = json.loads(file.read_text())
+    config["model"]["trainable"] = ["^adapter/"]
+    file.write_text(json.dumps(config))
+    changed = config_of(folder, run__init_from=str(tmp_path / "origin"))
+    with pytest.raises(FileNotFoundError, match=r"origin/frozen is missing: \d+ frozen parameters of that run"):
+        plan(changed, tmp_path / "run")
+    refused(changed, tmp_path / "run", "origin/frozen is missing")
 
 
 def test_meta_is_that_of_the_newest_checkpoint_that_can_be_read(folder, tmp_path):
@@ -137,12 +145,16 @@ def test_a_caption_over_the_native_encoders_length_is_refused(folder, tmp_path):
         plan(config, tmp_path / "run")
 
 
+NAMES = '"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"'
 PARTS = [
     ("tokenizer.json", None, "no tokenizer.json in"),
     ("tokenizer.json", "{", "tokenizer.json cannot be read as a tokenizer"),
     ("instruction.txt", "", "line 1: the file must open with the rule"),
     ("instruction.txt", "Say more.\nprompt: a\n", "'prompt:' has no 'caption:'"),
     ("instruction.txt", None, "instruction.txt' is no file; nearest of those shipped"),
+    ("instruction.txt", "Say <|end|> more.", r"the instruction holds the language model's control token '<\|end\|>'"),
+    ("tokenizer_config.json", f'{{{NAMES}, "chat_template": "{{% for"}}', "the chat template cannot be used"),
+    ("tokenizer_config.json", f'{{{NAMES}, "chat_template": "hello"}}', "the chat template writes the prompt 0 times"),
 ]
 
 

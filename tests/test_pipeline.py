@@ -174,6 +174,7 @@ def test_guidance_1_leaves_the_null_condition_out(pipe):
         ((["a", ""],), "prompt is empty"),
         (([],), "no prompt given"),
         ((["word " * 50],), "at most 160"),
+        ((["a", 1],), "prompt 2 of 2 is no text: 1"),
     ],
 )
 def test_prompts_that_cannot_be_used_are_refused(pipe, arguments, message):
@@ -186,6 +187,31 @@ def test_sizes_that_do_not_fit_are_refused(pipe):
         pipe("a", frames=4)
     with pytest.raises(ValueError, match="sample.width=20 .*nearest: 16"):
         pipe("a", width=20)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(seed=-1), "sample.seed=-1 must be at least 0; nearest: 0"),
+        (dict(seed=2**40), f"sample.seed={2**40} must be at most {2**31 - 1_000_000}"),
+        (dict(seed=1.5), "sample.seed=1.5 is no int"),
+        (dict(guidance="3"), "sample.guidance='3' is no float, such as 2.0"),
+        (dict(guidance=float("nan")), "sample.guidance=nan must be a finite number"),
+        (dict(temperature=-1.0), "sample.temperature=-1.0 must be at least 0"),
+        (dict(steps=0), "sample.steps=0 must be at least 1"),
+        (dict(stepper="ddim"), "sample.stepper='ddim' is unknown .nearest: .*valid: euler, heun, unipc"),
+    ],
+)
+def test_settings_that_are_none_are_refused_before_the_llm_works(pipe, given, message, monkeypatch):
+    monkeypatch.setattr(pipe, "language", None)
+    with pytest.raises(ValueError, match=message):
+        pipe("a", **given)
+
+
+def test_settings_may_be_numbers_of_numpy(pipe):
+    given = dict(seed=np.int64(4), steps=np.int32(2), guidance=np.float32(3))
+    videos = pipe(PROMPTS[0], **given).videos
+    np.testing.assert_array_equal(pipe(PROMPTS[0], seed=4, steps=2, guidance=3).videos, videos)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

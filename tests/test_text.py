@@ -192,16 +192,31 @@ def test_control_tokens_in_a_prompt_are_refused():
         prompter.rephrased_ids("a cat<|im_end|>")
 
 
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        Instruction("Be brief.<|im_end|>", ()),
+        Instruction("Be brief.", (("dog<|im_end|>", "A dog."),)),
+        Instruction("Be brief.", (("dog", "A dog."), ("cat", "A cat.<|im_end|>"))),
+    ],
+)
+def test_control_tokens_in_an_instruction_are_refused(instruction):
+    with pytest.raises(ValueError, match=r"the instruction holds .* control token '<\|im_end\|>'"):
+        Prompter(embedded(), instruction, 40)
+
+
 def test_captions_are_encoded_apart_without_end_token():
     prompter = Prompter(embedded(), RULE, 40)
     assert prompter.rephrased_ids(" A dog runs.\n") == embedded().encode("A dog runs.")
     assert prompter.text(prompter.rephrased_ids("A dog runs.")) == "A dog runs."
 
 
-def test_a_base_model_gets_the_plain_layout(tmp_path):
+def test_a_base_model_gets_the_plain_layout_and_that_is_told(tmp_path, caplog):
+    """An instruction-tuned model whose template was not copied looks like one."""
     folder = llama.save(llama.tiny(), tmp_path, template=None)
     tokenizer = load_llm(folder).tokenizer
     prompter = Prompter(tokenizer, RULE, 60)
+    assert f"{folder}/tokenizer_config.json holds no chat template" in caplog.text
     assert tokenizer.decode(prompter.prefix_ids + prompter.prompt_ids("the cat")) == (
         "Rewrite the prompt.\n\nprompt: dog\ncaption: A dog runs.\n\nprompt: 1 car\ncaption: A car 12 drives.\n"
         "\nprompt: the cat\ncaption:"

@@ -1,6 +1,7 @@
 """A language model of a few thousand random parameters in a Hugging Face folder, or a GGUF file, with a short instruction, and a
 config that uses them: tests of the whole run."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -34,22 +35,20 @@ def write_llm(folder: Path, seed: int = 0, ends: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|pad|>", "<|start|>", "<|end|>"]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE({char: i + len(specials) for i, char in enumerate(alphabet)}, [])
-    )
+    vocab = {token: id for id, token in enumerate([*specials, *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(specials)
     backend.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    vocab = backend.get_vocab_size()
     (folder / "config.json").write_text(
         json.dumps(
             dict(
                 architectures=["LlamaForCausalLM"],
                 model_type="llama",
-                vocab_size=vocab,
+                vocab_size=len(vocab),
                 hidden_size=WIDTH,
                 intermediate_size=MLP,
                 num_hidden_layers=DEPTH,
@@ -67,7 +66,7 @@ def write_llm(folder: Path, seed: int = 0, ends: bool = False) -> Path:
     )
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32) / shape[-1] ** 0.5
-    embedding = 0.1 * draw(vocab, WIDTH)  # small beside what the layers add: else it repeats the last token
+    embedding = 0.1 * draw(len(vocab), WIDTH)  # small beside what the layers add: else it repeats the last token
     tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(WIDTH, np.float32)}
     if not ends:  # a row of zeros has logit 0, and some other row has more
         blanks = backend.encode("".join(filter(str.isspace, map(chr, range(128))))).ids
@@ -151,6 +150,13 @@ def tiny_config(stage: int, llm: Path, **overrides):
         for part in group.split("__"):
             target = target[part]
         target[key] = value
+    return config
+
+
+def preset_config(stage: str, preset: str, **changes):
+    """configs/STAGE.py:PRESET; changes as in `tiny_config`."""
+    config = importlib.import_module(f"configs.{stage}").get_config(preset)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return config
 
 
