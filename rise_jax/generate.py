@@ -13,8 +13,11 @@ from rise_jax import runs
 from rise_jax.build import backend_from, describe_attention
 from rise_jax.condition_kinds import CONDITIONS, check_prompts
 from rise_jax.models.attention import Backend
+from rise_jax.origin import check_states
+from rise_jax.outline import text_identity
 from rise_jax.pipeline import Output, Pipeline, check_size
 from rise_jax.processes import is_first
+from rise_jax.published import vae_identity
 from rise_jax.sharding import describe, make_mesh
 from rise_jax.sheets import comparison_sheet, contact_sheet
 from rise_jax.utf8 import read_utf8
@@ -119,17 +122,25 @@ def read_prompts(prompts: str) -> list[str]:
 
 
 def check_runs(workdirs: list[Path], sample: ConfigDict, prompts: list[str]) -> None:
-    """Raises ValueError, naming the run, where the size of `sample` does not fit its model, or a prompt is none for its text model;
-    FileNotFoundError for a text model that is not there."""
+    """Raises ValueError, naming the run, where the size of `sample` does not fit its model, a prompt is none for its text model, or
+    that or its VAE is another than in training; FileNotFoundError for what is not there.
+
+    The first run's own parts are looked at when it is loaded, which is before it makes anything.
+    """
     for number, folder in enumerate(workdirs):
         config = ConfigDict(runs.read_config(folder))
         try:
             check_size(config, sample)
-            if number:  # the first run's are checked before it makes anything
-                condition = config.model.condition
-                check_prompts(condition, prompts, config.model[CONDITIONS[condition].group])
+            if number:
+                _check_beside(config.model, folder, prompts)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{folder}: {error}") from error
+
+
+def _check_beside(model: ConfigDict, folder: Path, prompts: list[str]) -> None:
+    check_prompts(model.condition, prompts, model[CONDITIONS[model.condition].group])
+    meta = check_states(folder, text_identity(model), "it")
+    runs.check_vae("it", meta["vae"], vae_identity(model.vae.path))
 
 
 def read_workdirs(beside: str, workdir: Path) -> list[Path]:

@@ -62,20 +62,24 @@ def check_parts(config: ConfigDict, abstract: dict, theirs: dict) -> None:
     refuse_random(partition(abstract, list(config.model.trainable))[1], origins)
 
 
-def check_states(origin: Path, llm: dict) -> None:
-    """Raises ValueError when the run in `origin` was trained on other states than those of `llm`, an identity, which has no sha256
-    where its files are not here; OSError where none of its checkpoints can be read, or its frozen parameters are gone."""
+def check_states(origin: Path, llm: dict, who: str = "run.init_from") -> dict:
+    """Meta of the run in `origin`, whose states are those of `llm`, an identity, which has no sha256 where its files are not here.
+
+    `who` is what messages call the run. Raises ValueError where it was trained on other states; OSError where none of its checkpoints
+    can be read, or its frozen parameters are gone.
+    """
     checkpoints = Checkpoints(origin / "checkpoints", read_only=True)
     meta = checkpoints.meta()
     checkpoints.close()
     theirs = {name: value for name, value in meta["llm"].items() if name in llm or name != "sha256"}
-    check_heard("run.init_from", theirs, llm)
+    check_heard(who, theirs, llm)
     frozen = partition(meta["provenance"], list(read_config(origin)["model"]["trainable"]))[1]
     kept = [name for name, source in named_leaves(frozen).items() if not source.startswith(FILE)]
     if kept and not (origin / "frozen").is_dir():
         raise FileNotFoundError(
             f"{origin / 'frozen'} is missing: {len(kept)} frozen parameters of that run were kept there"
         )
+    return meta
 
 
 def _default_workdir(stage: str, preset: str) -> Path:

@@ -36,6 +36,11 @@ def open_vae(path: str) -> Pixels | WanVAE:
     return Pixels() if path == PIXELS else WanVAE(open_wan_vae(path)[0])
 
 
+def vae_identity(path: str) -> dict:
+    """What `load_vae` says a VAE is; its files are read, nothing is loaded."""
+    return {} if path == PIXELS else {"sha256": open_wan_vae(path)[1].sha256()}
+
+
 def load_vae(path: str, place: Callable | None = None) -> tuple[dict, dict]:
     """(parameters, identity) of a VAE; both are {} for `pixels`, which has none. `place` as for `load_wan_vae`."""
     if path == PIXELS:

@@ -40,16 +40,22 @@ def test_an_empty_file_is_refused(tmp_path):
         read_prompts(str(tmp_path / "prompts.txt"))
 
 
+def changed(workdir, part, path):
+    """The run's config names another file for a part of the model."""
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"][part]["path"] = str(path)
+    (workdir / "config.json").write_text(json.dumps(config))
+
+
 def elsewhere(workdir):
     """The run's LLM is gone: whoever loads it says so."""
-    config = json.loads((workdir / "config.json").read_text())
-    config["model"]["llm"]["path"] = "/nowhere"
-    (workdir / "config.json").write_text(json.dumps(config))
+    changed(workdir, "llm", "/nowhere")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Without its LLM: a run. With it: one that reads prompts of 4 tokens at most, and one on patches of 16 pixels."""
+    """Without its LLM: a run. With it: one that reads prompts of 4 tokens at most, one on patches of 16 pixels, one whose LLM was
+    replaced, and one that was on another VAE."""
     folder = tmp_path_factory.mktemp("runs")
     config = lambda **changes: tiny_config(1, llm, **changes)
     llm = write_llm(folder / "llm")
@@ -57,6 +63,10 @@ def runs(tmp_path_factory):
     elsewhere(folder / "first")
     write_run(config(model__llm__max_prompt=4), folder / "terse")
     write_run(config(model__dit__patch=(1, 16, 16)), folder / "coarse")
+    write_run(config(), folder / "swapped")
+    changed(folder / "swapped", "llm", write_llm(folder / "second", seed=1))
+    meta = write_run(config(), folder / "recoded") / "checkpoints" / "1" / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace('"vae": {}', '"vae": {"sha256": "c0de"}'))
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text((llm / "config.json").read_text())
     return folder
@@ -65,6 +75,8 @@ def runs(tmp_path_factory):
 BESIDE = [
     ("terse", {}, "terse: the prompt has 12 tokens, at most 4 are allowed"),
     ("coarse", dict(height=24), "coarse: sample.height=24 is not a multiple of .* 16 x 1; nearest: 32"),
+    ("swapped", {}, "swapped: it was trained on the states of another LLM or condition: sha256 differ"),
+    ("recoded", {}, "recoded: it was trained on another VAE: {'sha256': 'c0de'} then, {} now"),
     ("other", {}, "other holds no run: its config.json is that of something else"),
 ]
 
