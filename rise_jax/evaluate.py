@@ -52,7 +52,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
         "prompts": len(prompts),
         "seeds": [seeds[0], seeds[-1]],
         "sample": settings | {"temperature": config.sample.temperature},
-        "heldout_loss": heldout_loss(pipe, source, workdir, config.sample.batch_size),
+        "heldout_loss": heldout_loss(pipe, source, workdir, config.sample.batch_size, config.data.max_bad),
         "flicker": float(np.mean([metrics.flicker(video) for video in videos])),
         "motion_energy": float(np.mean([metrics.motion_energy(video) for video in videos])),
     }
@@ -120,10 +120,13 @@ def intervals(scores: list[dict[str, bool]]) -> dict[str, list[float]]:
     return {name: [*metrics.wilson(sum(column), len(column)), len(column)] for name, column in _columns(scores).items()}
 
 
-def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int) -> dict:
-    """Denoising loss per time on held-out clips, with their own states, with another clip's, and with none."""
-    size = min(batch_size, len(source))
-    batch = next(make_loader(source, batch_size=size, seed=0, quarantine_file=workdir / "quarantine.jsonl"))
+def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int, max_bad: float) -> dict:
+    """Denoising loss per time on held-out clips, with their own states, with another clip's, and with none.
+
+    Clips that cannot be read do not count; RuntimeError above the share `max_bad` of them.
+    """
+    size, quarantine = min(batch_size, len(source)), workdir / "quarantine.jsonl"
+    batch = next(make_loader(source, batch_size=size, seed=0, quarantine_file=quarantine, max_bad=max_bad))
     pairs = complete([source.texts[i] for i in batch["text"]], pipe.language, workdir / "captions-heldout.jsonl")
     states, mask = pipe.language.teach(pairs)
     step = jax.jit(partial(_mean_loss, make_eval_step(pipe.model)), **gathered(pipe.mesh))

@@ -31,7 +31,7 @@ def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
     if faults := [*_counts(config.model)]:  # nothing else can be worked out with these
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
     faults = [*_choices(config), *_sampling(config.sample), *_ranges(config), *_run_parts(config.run)]
-    faults += [*_attention(config.model), *_patterns(config.model.trainable)]
+    faults += [*_schedule(config.optim), *_attention(config.model), *_patterns(config.model.trainable)]
     faults += [*_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
@@ -178,6 +178,15 @@ def _named(config: ConfigDict, groups: dict[str, str]) -> Iterable[tuple[str, An
 def _seed(key: str, value: int, limit: int) -> Iterable[str]:
     if value > limit:
         yield f"{key}={value} must be at most {limit}; nearest: {limit}"
+
+
+def _schedule(optim: ConfigDict) -> Iterable[str]:
+    start, end = max(optim.decay_from, optim.warmup), optim.decay_until
+    if end and not optim.warmup <= optim.decay_from < end:
+        yield (
+            f"optim.decay_from={optim.decay_from} and optim.decay_until={end}: the rate rises for optim.warmup={optim.warmup} steps, "
+            f"then falls from the one step to the other; nearest: {start} and {max(end, start + 1)}, or optim.decay_until=0"
+        )
 
 
 def _run_parts(run: ConfigDict) -> Iterable[str]:

@@ -15,6 +15,7 @@ from rise_jax.data.attributes import Scene, Thing
 from rise_jax.data.captions import long_caption
 from rise_jax.data.drawing import render
 from rise_jax.data.scenes import ScenesSource
+from rise_jax.data.sources import BadClipError
 from rise_jax.evaluate import intervals, scene_scores, shares
 from rise_jax.sharding import make_mesh
 
@@ -88,8 +89,12 @@ class Evaluated(NamedTuple):
     result: dict
 
 
+# Of the evaluation; the run's own are others.
+SAMPLE = dict(steps=3, guidance=1.5, temperature=0.7)
+
+
 def held_out(texts):
-    return ScenesSource("heldout", num_texts=texts, frames=5, height=16, width=16)
+    return ScenesSource("heldout", num_texts=texts, frames=5, height=16, width=16, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,8 @@ def run(tmp_path_factory):
     config = tiny_config(2, write_llm(folder / "llm"), data__frames=5)
     config.sample.update(frames=5, seed=7, count=6)
     write_run(config, folder / "run")
+    config.sample.update(SAMPLE)
+    config.run.seed = 3
     scored = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "scene_scores", lambda *given: scored.append(given) or scene_scores(*given))
@@ -109,7 +116,7 @@ def run(tmp_path_factory):
 
 def test_what_is_scored_are_a_users_videos_of_held_out_prompts(run):
     source = held_out(6)
-    out = Pipeline.from_run(run.workdir, mesh=make_mesh())([text.prompt for text in source.texts], seed=7)
+    out = Pipeline.from_run(run.workdir, mesh=make_mesh())([text.prompt for text in source.texts], seed=7, **SAMPLE)
     np.testing.assert_array_equal(run.videos, out.videos)
     assert run.rephrased == out.rephrased and run.scenes == source.scenes
     assert run.result["prompts"] == 6 and run.result["seeds"] == [7, 12]
@@ -119,9 +126,10 @@ def test_what_is_scored_are_a_users_videos_of_held_out_prompts(run):
 def test_without_states_the_prompt_is_not_heard(run):
     """Seeds and masks are the same; of what the LLM said only its length is left."""
     pipe = Pipeline.from_run(run.workdir, mesh=make_mesh())  # as in evaluate: bit for bit
-    heard = pipe.language.rephrase([text.prompt for text in held_out(6).texts])
+    prompts, (steps, guidance, temperature) = [text.prompt for text in held_out(6).texts], SAMPLE.values()
+    heard = pipe.language.rephrase(prompts, temperature=temperature, seeds=range(7, 13))
     deaf = heard._replace(states=heard.states * 0)
-    np.testing.assert_array_equal(run.unheard, pipe.render(deaf, range(7, 13)))
+    np.testing.assert_array_equal(run.unheard, pipe.render(deaf, range(7, 13), steps=steps, guidance=guidance))
     assert (run.unheard != run.videos).any()
 
 
@@ -130,9 +138,28 @@ def test_the_heldout_loss_tells_the_conditions_apart(run, tmp_path):
     losses = run.result["heldout_loss"]
     assert len(losses["times"]) == len(losses["true"]) and np.isfinite(losses["true"]).all()
     assert len({tuple(losses[name]) for name in ("true", "shuffled", "zeroed")}) == 3
-    alone = evaluate.heldout_loss(Pipeline.from_run(run.workdir), held_out(1), tmp_path, batch_size=4)
+    alone = evaluate.heldout_loss(Pipeline.from_run(run.workdir), held_out(1), tmp_path, 4, max_bad=0.0)
     np.testing.assert_allclose(alone["shuffled"], alone["true"], rtol=1e-6)  # of one text; rows of a batch round apart
     assert np.abs(np.divide(alone["zeroed"], alone["true"]) - 1).max() > 1e-3
+
+
+def test_a_clip_that_could_not_be_read_does_not_count(run, tmp_path):
+    """The held-out loss is that of the others."""
+
+    class Damaged(ScenesSource):
+        bad = -1
+
+        def load(self, item, rng):
+            if item == self.bad:
+                raise BadClipError(self.name(item), "damaged")
+            return super().load(item, rng)
+
+    pipe = Pipeline.from_run(run.workdir)
+    sources = [Damaged("heldout", num_texts=2, frames=5, height=16, width=16, length=2) for _ in range(3)]
+    sources[1].bad, sources[2].bad = 0, 1
+    both, *alone = (evaluate.heldout_loss(pipe, source, tmp_path, 2, max_bad=0.5)["true"] for source in sources)
+    np.testing.assert_allclose(np.mean(alone, axis=0), both, rtol=1e-5)
+    assert np.abs(np.subtract(*alone)).max() > 1e-3 * np.max(both)
 
 
 def test_shares_and_intervals_count_only_prompts_that_asked():

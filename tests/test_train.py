@@ -18,14 +18,18 @@ from rise_jax.language import Language, states_in_batch
 from rise_jax.loop import NonFiniteError, run_steps
 from rise_jax.optim import make_optimizer
 from rise_jax.origin import find_start
-from rise_jax.runs import initial_parameters
+from rise_jax.runs import initial_parameters, read_run
 from rise_jax.step import make_train_step, new_state
 from rise_jax.train import train
+from rise_jax.trees import named_leaves
 from rise_jax.workdir import write_config
 
 pytestmark = pytest.mark.slow
 
 VOCAB = 259  # of tests/tiny.py's LLM
+# None of the usual values, and each felt within four steps.
+OTHERS = dict(learning_rate=0.05, warmup=2, decay_from=2, decay_until=4, weight_decay=1.0, clip=0.05)
+OTHERS |= dict(b2=0.9, ema=0.5, drop=0.5, time_mean=0.7, time_std=0.5)
 
 
 @pytest.fixture
@@ -86,28 +90,33 @@ def test_a_run_is_one_step_after_another_on_clips_with_the_states_of_their_own_t
         return run_steps(*args)
 
     monkeypatch.setattr("rise_jax.train.run_steps", watched)
-    config = tiny_config(1, write_llm(tmp_path / "llm"), run__batch_size=8, run__steps=3, optim__learning_rate=0.05)
+    config = tiny_config(1, write_llm(tmp_path / "llm"), run__batch_size=8, run__steps=4, run__seed=3)
+    config.optim.update(OTHERS)
     assert train(config, tmp_path / "run") == 0
     assert held == {"with the LLM's tokens": []}  # its states are kept: the devices are free of it
     assert re.search(r"^compiled the step in \d+\.\d s$", capsys.readouterr().out, re.MULTILINE)
     assert_rates_of_eight_images_of_four_tokens(tmp_path / "run")
     optim, language = config.optim, Language(**config.model.llm)
     assert any(VOCAB in leaf.shape for leaf in jax.tree.leaves(language.params))
-    source = ScenesSource(num_texts=6, frames=1, height=16, width=16)
+    source = ScenesSource(num_texts=6, frames=1, height=16, width=16, seed=3)
     states, mask = language.teach(complete(source.texts, language, tmp_path / "run" / "captions.jsonl"))
     model = model_from(config.model, language.width, states_in_batch)
     params = initial_parameters(model, config, None, {}, (states, mask), on_one_device).tree
-    optimizer = make_optimizer(0.05, optim.warmup, optim.weight_decay, optim.clip, kind=optim.kind, b2=optim.b2)
+    named = {name: optim[name] for name in ("kind", "b2", "decay_from", "decay_until")}
+    optimizer = make_optimizer(optim.learning_rate, optim.warmup, optim.weight_decay, optim.clip, **named)
     rates = {name: optim[name] for name in ("drop", "ema", "time_mean", "time_std")}
     step_fn = jax.jit(make_train_step(model, optimizer, **rates))
     state, losses = new_state(params, optimizer), []
-    batches = make_loader(source, batch_size=8, seed=0, quarantine_file=tmp_path / "quarantine.jsonl")
-    for step, batch in zip(range(3), batches):
+    batches = make_loader(source, batch_size=8, seed=3, quarantine_file=tmp_path / "quarantine.jsonl")
+    for step, batch in zip(range(4), batches):
         text = batch.pop("text")
         batch |= dict(states=states[text], states_mask=mask[text], index=batch["index"].astype("int32"), step=step)
-        state, metrics = step_fn(state, {"params": {}, "vae": {}}, batch, jax.random.key(0))
+        state, metrics = step_fn(state, {"params": {}, "vae": {}}, batch, jax.random.key(3))
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(lines(tmp_path / "run", "loss"), losses, rtol=1e-4)
+    averaged = named_leaves(read_run(tmp_path / "run", language.width).params)
+    for name, leaf in named_leaves(state.ema).items():
+        np.testing.assert_allclose(averaged[name], leaf, atol=1e-3 * np.abs(leaf).max() + 1e-5)
 
 
 def assert_rates_of_eight_images_of_four_tokens(workdir):

@@ -58,6 +58,11 @@ FAULTS = {
     "optim__clip": (-1.0, "optim.clip=-1.0 must be above 0"),
     "optim__b2": (2.0, "optim.b2=2.0 must be from 0 to 1; nearest: 1"),
     "optim__warmup": (-3, "optim.warmup=-3 must be at least 0; nearest: 0"),
+    "optim__decay_from": (
+        1,
+        "optim.decay_from=1 and optim.decay_until=2000: .*optim.warmup=2 steps.*nearest: 2 and 2000",
+    ),
+    "optim__decay_until": (9, "optim.decay_from=1000 and optim.decay_until=9: .*nearest: 1000 and 1001"),
     "data__workers": (-1, "data.workers=-1 must be at least 0; nearest: 0"),
     "sample__guidance": (float("nan"), "sample.guidance=nan must be a finite number"),
     "sample__temperature": (float("nan"), "sample.temperature=nan must be a finite number"),
