@@ -77,14 +77,13 @@ PRESETS = {
             llm=dict(path="embedded", instruction="scenes", dtype="float32", max_prompt=64, max_new=32, layer=-1),
             native=dict(path="", length=64, dtype="float32"),
             dtype="float32",
-            shift=6.0,
         ),
         data=dict(height=24, width=24, texts=1000, states="cached"),
         optim=dict(kind="muon"),
         sample=dict(height=24, width=24),
-        frames=5,
+        frames=9,
         stage1=dict(steps=2000, batch_size=16, learning_rate=2e-3, decay=(1000, 2000)),
-        stage2=dict(steps=12000, batch_size=16, learning_rate=2e-3, decay=(6000, 12000)),
+        stage2=dict(steps=6000, batch_size=16, learning_rate=2e-3, decay=(3000, 6000)),
     ),
     # One 80-140 GiB GPU: a 0.2 B DiT on 17-frame clips of 64 px, 50 GiB at most.
     "small": dict(

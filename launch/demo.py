@@ -36,6 +36,7 @@ PROMPTS = "||".join(
 # Clips of few pixels stop being readable at less noise than the preset's own: a smaller shift, and fewer samples at its ends.
 MODEL = [
     "--config.model.dit.depth=4",
+    "--config.model.dit.text_len=36",  # what rephrasings need; encode would need more
     "--config.model.shift=4",
     "--config.optim.time_mean=0.3",
     "--config.optim.time_std=1.3",

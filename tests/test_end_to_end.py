@@ -131,7 +131,7 @@ def test_generate_writes_videos_texts_and_a_sheet(llm, stage2_run):
     assert [record["prompt"] for record in records] == ["a red circle", "un cuadrado azul"]
     assert [record["seed"] for record in records] == [0, 1] and all("rephrased" in record for record in records)
     with av.open(str(folder / "000.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) == config.sample.frames == 5
+        assert sum(1 for _ in video.decode(video=0)) == config.sample.frames == 9
     assert Image.open(folder / "contact_sheet.png").width > 300
 
 

@@ -13,6 +13,7 @@ from rise_jax.data.sources import Text
 LANGUAGES = {"en": 0.85, "es": 0.05, "fr": 0.05, "de": 0.05}  # share of the prompts
 SHARE_DENSE = 0.15  # training prompts that are the long caption itself
 NAMES_BACKGROUND, NAMES_SIZE = 0.5, 0.4  # chance that a short prompt names it
+OWN_WORDS = 0.5  # chance that training hears an English one as the LLM rephrases it, in words that no caption has
 # What a clip has where its prompt names nothing else, as in instructions/scenes.txt: were it left to chance, the clip would teach its
 # text by heart, and the LLM, which names a background always, would name another one.
 DEFAULT_BACKGROUND, DEFAULT_SIZE = "black", "large"
@@ -190,8 +191,9 @@ def long_caption(scene: Scene, ending: int = 0) -> str:
 def write_text(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Text, Scene]:
     """A text of the scene, and the scene with `asked` and `language` set to what its prompt names and speaks.
 
-    Prompts in other languages than English come without a long caption, for the LLM to write. A small LLM translates
-    badly but its states still tell the attributes apart, so training has to see the states that it will meet in use.
+    Training prompts in other languages than English, and a part of the English ones, come without a long caption, for the LLM to
+    write: training has to see the states that it will meet in use. A small LLM translates badly, but its states still tell the
+    attributes apart; in English it says "goes upwards" where captions say "moves up".
     """
     ending = int(rng.integers(len(_CAPTION_ENDINGS)))
     if split == "train" and rng.random() < SHARE_DENSE:
@@ -201,7 +203,8 @@ def write_text(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Text
     language = str(rng.choice(list(LANGUAGES), p=list(LANGUAGES.values())))
     prompt, asked = short_prompt(scene, language, split, rng)
     described = _with_defaults(replace(scene, asked=asked, language=language))
-    return Text(prompt, long_caption(described, ending) if language == "en" else None), described
+    own = language != "en" or (split == "train" and rng.random() < OWN_WORDS)
+    return Text(prompt, None if own else long_caption(described, ending)), described
 
 
 def _with_defaults(scene):
