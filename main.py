@@ -70,7 +70,7 @@ def _run() -> int:
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
     with processes.one_voice():
-        code = _mode(MODE.value)(config, workdir)
+        code = mode_function(MODE.value)(config, workdir)
         processes.meet("the end")
     return code
 
@@ -93,7 +93,7 @@ def _keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "rise_jax"))
 
 
-def _mode(name: str):
+def mode_function(name: str):
     if name == "train":
         from rise_jax.train import train as function
     elif name == "generate":

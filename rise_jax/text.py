@@ -4,7 +4,6 @@ The model reads chat(instruction, prompt). Its first part is the same for every 
 values are computed once; the rest (`Prompter.prompt_ids`) ends where the answer begins.
 """
 
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,7 +177,7 @@ class Prompter:
 
         ValueError for a chat template that does not give every message once, or an instruction that holds a control token.
         """
-        for text in (instruction.rule, *itertools.chain(*instruction.examples)):
+        for text in (instruction.rule, *sum(instruction.examples, ())):
             _checked(tokenizer, text, "instruction")
         self.tokenizer, self.instruction, self.max_prompt = tokenizer, instruction, max_prompt
         self.chat = tokenizer.template is not None
@@ -187,13 +186,8 @@ class Prompter:
         head, self._tail = self._around_prompt()
         encoding = tokenizer.backend.encode(head, add_special_tokens=False)
         # The cut stands behind a control token, which no merge crosses (without a template: behind the last example).
-        cut = (
-            head.rindex("\nprompt:")
-            if not self.chat
-            else max(
-                (end for id, (_, end) in zip(encoding.ids, encoding.offsets) if id in tokenizer.control), default=0
-            )
-        )
+        ends = [end for id, (_, end) in zip(encoding.ids, encoding.offsets) if id in tokenizer.control]
+        cut = max(ends, default=0) if self.chat else head.rindex("\nprompt:")
         self._head = head[cut:]
         self.prefix_ids: list[int] = [*([] if self.chat else tokenizer.leading), *tokenizer.encode(head[:cut])]
         #: Tokens of layout around the user's own in `prompt_ids`.

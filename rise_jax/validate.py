@@ -154,7 +154,6 @@ RANGES: tuple[tuple[dict[str, str], Callable, str, Callable], ...] = (
 
 
 def _ranges(config: ConfigDict) -> Iterable[str]:
-    """Of numbers in those groups that `config` has."""
     infinite = {key: value for key, value in _numbers(config) if not math.isfinite(value)}
     yield from (f"{key}={value} must be a finite number" for key, value in infinite.items())
     for groups, fits, words, near in RANGES:
@@ -164,15 +163,15 @@ def _ranges(config: ConfigDict) -> Iterable[str]:
 
 
 def _numbers(config: ConfigDict) -> Iterable[tuple[str, float]]:
-    groups = {group: " ".join(config[group]) for group in ("model", "data", "optim", "sample") if group in config}
+    groups = {group: " ".join(config.get(group, {})) for group in ("model", "data", "optim", "sample")}
     return ((key, value) for key, value in _named(config, groups) if isinstance(value, float))
 
 
 def _named(config: ConfigDict, groups: dict[str, str]) -> Iterable[tuple[str, Any]]:
-    """(key, value) of the names of each group that is there."""
+    """(key, value) of those names of each group that are there: an export has a part of them."""
     for group, names in groups.items():
-        if group in config:
-            yield from ((f"{group}.{name}", config[group][name]) for name in names.split())
+        there = [name for name in names.split() if name in config.get(group, {})]
+        yield from ((f"{group}.{name}", config[group][name]) for name in there)
 
 
 def _seed(key: str, value: int, limit: int) -> Iterable[str]:

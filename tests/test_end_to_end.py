@@ -160,7 +160,7 @@ def test_a_mistake_is_answered_with_words(llm, tmp_path):
 
 @pytest.mark.parametrize("mode", main.MODES)
 def test_every_mode_has_its_function(mode):
-    assert main._mode(mode).__name__ == mode
+    assert main.mode_function(mode).__name__ == mode
 
 
 def test_a_mistake_in_the_config_file_is_told_in_a_line(monkeypatch):

@@ -6,7 +6,7 @@ from tiny import tiny_config
 from configs import stage0, stage1, stage2
 from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.models.wan_vae import WanVAE
-from rise_jax.validate import validate
+from rise_jax.validate import RANGES, validate
 
 FAULTS = {
     "data__frames": (6, r"data.frames=6 is not 4n\+1; nearest: 5"),
@@ -148,6 +148,12 @@ def test_a_frozen_preset_without_its_backbone_says_where_it_looked(tmp_path, mon
 def test_stage_0_of_a_published_backbone_is_refused():
     with pytest.raises(ValueError, match="'wan_1_3b' has a backbone, Wan2.1-T2V-1.3B-Diffusers; .* use tiny or small"):
         stage0.get_config("wan_1_3b")
+
+
+def test_every_range_is_that_of_a_key():
+    config = stage1.get_config("tiny")
+    keys = {(group, name) for groups, *_ in RANGES for group, names in groups.items() for name in names.split()}
+    assert len(keys) > 20 and all(name in config[group] for group, name in keys)
 
 
 def test_an_unknown_preset_names_the_nearest():
