@@ -123,10 +123,13 @@ def intervals(scores: list[dict[str, bool]]) -> dict[str, list[float]]:
 def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int, max_bad: float) -> dict:
     """Denoising loss per time on held-out clips, with their own states, with another clip's, and with none.
 
-    Clips that cannot be read do not count; RuntimeError above the share `max_bad` of them.
+    Clips that cannot be read do not count; RuntimeError above the share `max_bad` of them, or where none can be read.
     """
     size, quarantine = min(batch_size, len(source)), workdir / "quarantine.jsonl"
     batch = next(make_loader(source, batch_size=size, seed=0, quarantine_file=quarantine, max_bad=max_bad))
+    read = int(batch["weight"].sum())
+    if not read:
+        raise RuntimeError(f"none of {size} held-out clips can be read: see {quarantine}")
     pairs = complete([source.texts[i] for i in batch["text"]], pipe.language, workdir / "captions-heldout.jsonl")
     states, mask = pipe.language.teach(pairs)
     step = jax.jit(partial(_mean_loss, make_eval_step(pipe.model)), **gathered(pipe.mesh))
@@ -142,7 +145,7 @@ def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int, max_bad
     }
     with pipe.on_mesh():
         losses = {name: np.asarray(step(pipe.params, pipe.vae, rows)).tolist() for name, rows in batches.items()}
-    return {"clips": size, "times": list(TIMES), **losses}
+    return {"clips": read, "times": list(TIMES), **losses}
 
 
 def _mean_loss(eval_step, params, vae, batch):

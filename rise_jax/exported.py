@@ -124,7 +124,9 @@ def _card(run: Run, language: Condition) -> dict:
 
 def _config(card: dict, folder: Path) -> ConfigDict:
     """The run's config with the folder's own files for its parts."""
-    config = ConfigDict({"model": card["model"], "sample": {"seed": 0} | card["sample"], "data": {"fps": card["fps"]}})
+    sample = {"seed": 0} | card["sample"]
+    sample |= {name: float(sample[name]) for name in ("guidance", "temperature")}  # a hand may have written 2
+    config = ConfigDict({"model": card["model"], "sample": sample, "data": {"fps": card["fps"]}})
     config.model.dit.update(path=str(folder), low_rank=0)
     config.model.update(null=str(folder / NULL), trainable=["."])
     if config.model.vae.path != PIXELS:

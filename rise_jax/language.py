@@ -21,6 +21,7 @@ from rise_jax.data.sources import Text
 from rise_jax.models.llm import make_llm
 from rise_jax.sharding import batch_ways, put_parameters, put_rows, replicated
 from rise_jax.text import Instruction, Prompter, left_pad, right_pad
+from rise_jax.utf8 import read_utf8
 from rise_jax.weights import load_llm
 
 INSTRUCTIONS = Path(__file__).parent / "instructions"
@@ -80,10 +81,7 @@ class Language:
         loaded = load_llm(path, jnp.dtype(dtype))
         if rules is None:
             file = instruction_file(instruction)
-            spoken, self.rules = (
-                Instruction.read(file),
-                file.read_bytes().decode(),
-            )  # line ends as they are: they are hashed
+            spoken, self.rules = Instruction.read(file), read_utf8(file)
         else:
             spoken, self.rules = Instruction.parse(rules, instruction), rules
         self.prompter = Prompter(loaded.tokenizer, spoken, max_prompt)

@@ -1,7 +1,8 @@
-"""A run by its shapes alone: the model, and abstract values of all that a training step or a sampler takes. Reads no weights."""
+"""A run by its shapes alone: the model, and abstract values of all that a training step or a sampler takes. Loads no weights."""
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from rise_jax.step import new_state
 from rise_jax.text import Instruction, Prompter, Tokenizer
 from rise_jax.trees import partition
 from rise_jax.utf8 import read_utf8
-from rise_jax.weights import EMBEDDED, open_weights
+from rise_jax.weights import EMBEDDED, EMBEDDED_PACKAGE, open_weights
 from rise_jax.weights_t5 import encoder_folder
 
 LETTERS = 4  # of an English instruction per token, about
@@ -58,15 +59,15 @@ class Outline(NamedTuple):
     notes: dict[str, str]
 
 
-def outline(config: ConfigDict, backend: Backend = XLA) -> Outline:
+def outline(config: ConfigDict, backend: Backend = XLA, text: Text | None = None) -> Outline:
     """Sizes are read from the files that the config names; where these are not here, they are the published ones (known_sizes.py).
 
-    `backend` is that of the model's attention.
+    `backend` is that of the model's attention; `text` spares reading the text model's files again.
 
     Raises ValueError for an LLM that is neither here nor known by its name, and whatever `validate` would.
     """
     vae, vae_note = known_sizes.vae_sizes(config.model.vae.path)
-    text = _native(config) if config.model.condition == NATIVE else _llm(config)
+    text = text or (_native(config) if config.model.condition == NATIVE else _llm(config))
     notes = {"text model": text.note, "DiT": _dit_note(config.model.dit.path), "VAE": vae_note}
     native = _native(config) if config.model.null == NATIVE or config.model.calibrate else None
     states = text.states if config.data.states == "in_step" else states_in_batch
@@ -100,7 +101,7 @@ def text_identity(model: ConfigDict) -> dict:
     if condition == NATIVE:
         here = settings.path and Path(settings.path).exists()
         return identity_of(condition, encoder_folder(settings.path).sha256() if here else None, settings.dtype)
-    rules = instruction_file(settings.instruction).read_bytes().decode() if CONDITIONS[condition].writes else None
+    rules = read_utf8(instruction_file(settings.instruction)) if CONDITIONS[condition].writes else None
     sizes = known_sizes.llm_sizes(settings.path)[0]
     layer = sizes.layer_index(settings.get("layer", -1))
     sha256 = open_weights(settings.path).sha256() if _is_here(settings.path) else None
@@ -214,7 +215,7 @@ def _with_null(model: ConfigDict) -> ConfigDict:
 
 
 def _is_here(llm: str) -> bool:
-    return llm == EMBEDDED or Path(llm).exists()
+    return find_spec(EMBEDDED_PACKAGE) is not None if llm == EMBEDDED else Path(llm).exists()
 
 
 def _instruction_length(settings: ConfigDict, tokenizer: Tokenizer | None) -> int:

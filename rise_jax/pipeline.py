@@ -171,7 +171,7 @@ def settled(sample: ConfigDict, given: Mapping[str, Any]) -> ConfigDict:
     """A `sample` group with what is `given` in place of its own, None aside. Raises ValueError for values that are none."""
     settings = sample.copy_and_resolve_references()
     for name, value in given.items():
-        value = value.item() if isinstance(value, np.generic) else value
+        value = value.item() if getattr(value, "ndim", None) == 0 else value
         try:
             settings.update({} if value is None else {name: value})
         except TypeError as error:

@@ -216,7 +216,7 @@ def _activations(config: ConfigDict, mesh: AbstractMesh, outlined: Outline, rows
     if config.model.dit.remat != "none":
         everything = ConfigDict(config.to_dict())
         everything.model.dit.remat = "none"
-        whole = _kept(everything, outline(everything), rows)
+        whole = _kept(everything, outline(everything, text=outlined.text), rows)
         within = memory.Bytes(*((a - b) // config.model.dit.depth for a, b in zip(whole, kept)))
     dit, tensor = config.model.dit, mesh.shape["tensor"]
     divides = dit.heads % tensor == dit.mlp_width % tensor == 0  # where only one does, the larger figure is given

@@ -57,12 +57,10 @@ def dit_faults(model: ConfigDict, channels: int) -> list[str]:
     """
     if not model.dit.path:
         return []
-    folder = transformer_folder(model.dit.path)
-    sizes = wan_sizes(folder)[0]
+    sizes = wan_sizes(transformer_folder(model.dit.path))[0]
     sizes |= {"patch": tuple(sizes["patch"])}
     row = {"coordinates": False, "eps": EPS} | model.dit.to_dict()
-    said = [name for name in row if name not in RUNTIME or (name == "text_len" and name in folder.settings)]
-    asked = {f"model.dit.{name}": (row[name], sizes[name]) for name in said}
+    asked = {f"model.dit.{name}": (value, sizes[name]) for name, value in row.items() if name not in RUNTIME}
     asked["model.adapter.d_ctx"] = model.adapter.d_ctx, sizes["d_ctx"]
     asked[f"channels of model.vae.path={model.vae.path}"] = channels, sizes["channels"]
     return [

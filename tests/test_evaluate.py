@@ -147,19 +147,24 @@ def test_a_clip_that_could_not_be_read_does_not_count(run, tmp_path):
     """The held-out loss is that of the others."""
 
     class Damaged(ScenesSource):
-        bad = -1
+        bad = ()
 
         def load(self, item, rng):
-            if item == self.bad:
+            if item in self.bad:
                 raise BadClipError(self.name(item), "damaged")
             return super().load(item, rng)
 
     pipe = Pipeline.from_run(run.workdir)
     sources = [Damaged("heldout", num_texts=2, frames=5, height=16, width=16, length=2) for _ in range(3)]
-    sources[1].bad, sources[2].bad = 0, 1
-    both, *alone = (evaluate.heldout_loss(pipe, source, tmp_path, 2, max_bad=0.5)["true"] for source in sources)
+    sources[1].bad, sources[2].bad = [0], [1]
+    found = [evaluate.heldout_loss(pipe, source, tmp_path, 2, max_bad=0.5) for source in sources]
+    assert [each["clips"] for each in found] == [2, 1, 1]
+    both, *alone = (each["true"] for each in found)
     np.testing.assert_allclose(np.mean(alone, axis=0), both, rtol=1e-5)
     assert np.abs(np.subtract(*alone)).max() > 1e-3 * np.max(both)
+    sources[0].bad = [0, 1]
+    with pytest.raises(RuntimeError, match="none of 2 held-out clips can be read: see .*quarantine.jsonl"):
+        evaluate.heldout_loss(pipe, sources[0], tmp_path / "all", 2, max_bad=1.0)
 
 
 def test_shares_and_intervals_count_only_prompts_that_asked():

@@ -55,10 +55,11 @@ def elsewhere(workdir):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Without its LLM: a run. With it: one that reads prompts of 4 tokens at most, one on patches of 16 pixels, one whose LLM was
-    replaced, and one that was on another VAE."""
+    replaced, one on another VAE, one whose instruction was saved in another encoding."""
     folder = tmp_path_factory.mktemp("runs")
     config = lambda **changes: tiny_config(1, llm, **changes)
     llm = write_llm(folder / "llm")
+    shutil.copy(llm / "instruction.txt", llm / "odd.txt")
     write_run(config(), folder / "first")
     elsewhere(folder / "first")
     write_run(config(model__llm__max_prompt=4), folder / "terse")
@@ -67,6 +68,8 @@ def runs(tmp_path_factory):
     changed(folder / "swapped", "llm", write_llm(folder / "second", seed=1))
     meta = write_run(config(), folder / "recoded") / "checkpoints" / "1" / "meta" / "metadata"
     meta.write_text(meta.read_text().replace('"vae": {}', '"vae": {"sha256": "c0de"}'))
+    write_run(config(model__llm__instruction=str(llm / "odd.txt")), folder / "odd")
+    (llm / "odd.txt").write_bytes("Sag mehr über es.".encode("latin-1"))
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text((llm / "config.json").read_text())
     return folder
@@ -77,6 +80,7 @@ BESIDE = [
     ("coarse", dict(height=24), "coarse: sample.height=24 is not a multiple of .* 16 x 1; nearest: 32"),
     ("swapped", {}, "swapped: it was trained on the states of another LLM or condition: sha256 differ"),
     ("recoded", {}, "recoded: it was trained on another VAE: {'sha256': 'c0de'} then, {} now"),
+    ("odd", {}, "odd: .*odd.txt, line 1: byte 0xfc is not UTF-8; save the file as UTF-8"),
     ("other", {}, "other holds no run: its config.json is that of something else"),
 ]
 

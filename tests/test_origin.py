@@ -152,7 +152,11 @@ PARTS = [
     ("instruction.txt", "", "line 1: the file must open with the rule"),
     ("instruction.txt", "Say more.\nprompt: a\n", "'prompt:' has no 'caption:'"),
     ("instruction.txt", None, "instruction.txt' is no file; nearest of those shipped"),
-    ("instruction.txt", "Say <|end|> more.", r"the instruction holds the language model's control token '<\|end\|>'"),
+    (
+        "instruction.txt",
+        "Say <|end|> more.",
+        r"instruction of .*instruction.txt holds .* control token '<\|end\|>'",
+    ),
     ("tokenizer_config.json", f'{{{NAMES}, "chat_template": "{{% for"}}', "the chat template cannot be used"),
     ("tokenizer_config.json", f'{{{NAMES}, "chat_template": "hello"}}', "the chat template writes the prompt 0 times"),
 ]

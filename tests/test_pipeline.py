@@ -208,8 +208,8 @@ def test_settings_that_are_none_are_refused_before_the_llm_works(pipe, given, me
         pipe("a", **given)
 
 
-def test_settings_may_be_numbers_of_numpy(pipe):
-    given = dict(seed=np.int64(4), steps=np.int32(2), guidance=np.float32(3))
+def test_settings_may_be_numbers_of_numpy_and_jax(pipe):
+    given = dict(seed=np.int64(4), steps=np.array(2), guidance=jax.numpy.float32(3))
     videos = pipe(PROMPTS[0], **given).videos
     np.testing.assert_array_equal(pipe(PROMPTS[0], seed=4, steps=2, guidance=3).videos, videos)
 

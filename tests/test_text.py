@@ -201,7 +201,7 @@ def test_control_tokens_in_a_prompt_are_refused():
     ],
 )
 def test_control_tokens_in_an_instruction_are_refused(instruction):
-    with pytest.raises(ValueError, match=r"the instruction holds .* control token '<\|im_end\|>'"):
+    with pytest.raises(ValueError, match=r"the instruction of this program holds .* control token '<\|im_end\|>'"):
         Prompter(embedded(), instruction, 40)
 
 

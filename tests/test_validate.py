@@ -150,6 +150,14 @@ def test_stage_0_of_a_published_backbone_is_refused():
         stage0.get_config("wan_1_3b")
 
 
+def test_a_rate_that_never_falls_has_two_noughts(tmp_path):
+    config = tiny_config(1, tmp_path, optim__decay_until=0)
+    with pytest.raises(ValueError, match="nearest: 1000 and 1001, or 0 and 0 for no fall"):
+        validate(config)
+    config.optim.decay_from = 0
+    validate(config)
+
+
 def test_every_range_is_that_of_a_key():
     config = stage1.get_config("tiny")
     keys = {(group, name) for groups, *_ in RANGES for group, names in groups.items() for name in names.split()}

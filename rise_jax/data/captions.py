@@ -191,8 +191,8 @@ def long_caption(scene: Scene, ending: int = 0) -> str:
 def write_text(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Text, Scene]:
     """A text of the scene, and the scene with `asked` and `language` set to what its prompt names and speaks.
 
-    Training prompts in other languages than English, and a part of the English ones, come without a long caption, for the LLM to
-    write: training has to see the states that it will meet in use. A small LLM translates badly, but its states still tell the
+    Prompts in other languages than English, and in training a part of the short English ones, come without a long caption, for the
+    LLM to write: training has to see the states that it will meet in use. A small LLM translates badly, but its states still tell the
     attributes apart; in English it says "goes upwards" where captions say "moves up".
     """
     ending = int(rng.integers(len(_CAPTION_ENDINGS)))
