@@ -43,13 +43,13 @@ MODEL = [
 ]
 SIZE = [f"--config.{group}.{side}=16" for group in ("data", "sample") for side in ("height", "width")]
 FRAMES = [f"--config.{group}.frames=5" for group in ("data", "sample")]
-STAGE1 = MODEL + SIZE + decayed(300) + ["--config.data.texts=128"]
+STAGE1 = MODEL + SIZE + decayed(300) + ["--config.data.texts=96"]
 STAGE2 = (
     MODEL
     + SIZE
     + FRAMES
-    + decayed(1200)
-    + ["--config.optim.learning_rate=1.3e-3", "--config.data.texts=320", f"--config.run.init_from={OUT / 'stage1'}"]
+    + decayed(1100)
+    + ["--config.optim.learning_rate=1.3e-3", "--config.data.texts=300", f"--config.run.init_from={OUT / 'stage1'}"]
 )
 GENERATE = [*SIZE, *FRAMES, "--mode=generate", f"--config.sample.prompts={PROMPTS}"]
 EVALUATE = [*SIZE, *FRAMES, "--mode=evaluate", "--config.sample.steps=10", "--config.sample.count=64"]
