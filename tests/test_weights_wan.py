@@ -13,12 +13,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from rise_jax import sharding
 from rise_jax.tensor_folder import TensorFolder
 from rise_jax.trees import named_leaves
 from rise_jax.weights_wan import STEM, abstract_wan, load_wan, merge_low_rank, save_wan, wan_sizes, wan_table
 from tests import wan
-from tests.wan import TINY, read_tensors, relative, sizes_of, write_tensors
+from tests.wan import TINY, bits, read_tensors, relative, sizes_of, write_tensors
 
 SHAPES = (
     Path(__file__).parent / "fixtures" / "wan_shapes.txt"
@@ -45,12 +44,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def copy(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def bits(tree):
-    return {
-        path: (leaf.dtype.name, leaf.shape, np.asarray(leaf).tobytes()) for path, leaf in named_leaves(tree).items()
-    }
 
 
 def renamed_by_diffusers(names):
@@ -263,51 +256,3 @@ def test_weights_are_never_written_over(folder, copy):
     loaded = load_wan(folder)
     with pytest.raises(FileExistsError, match=rf"copy already holds {STEM}\.safetensors"):
         save_wan(loaded.params, loaded.sizes, copy)
-
-
-# ---- placement ----
-
-
-def test_bf16_keeps_in_fp32_what_diffusers_keeps(folder):
-    params = named_leaves(load_wan(folder, dtype=jnp.bfloat16).params)
-    model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
-    theirs = {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in model.named_parameters()}
-    table = wan_table(load_wan(folder).params, TINY["patch"], "diffusers")
-    assert {name: params[place.path].dtype.name for name, place in table.items()} == theirs
-
-
-def test_leaves_go_straight_to_their_shardings(folder):
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    place = lambda tree: sharding.shardings(tree, mesh)
-    spread, alone = load_wan(folder, place=place).params, load_wan(folder).params
-    assert bits(spread) == bits(alone)
-    assert jax.tree.map(lambda leaf: leaf.sharding, spread) == place(alone)
-    kernel = spread["blocks"]["self_attn"]["query"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (2, 12, 12)
-
-
-def test_layers_may_be_spread_too(folder):
-    mesh = jax.make_mesh((2,), ("layers",), devices=jax.devices()[:2])
-    along = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("layers"))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    place = lambda tree: (
-        tree
-        | {
-            name: jax.tree.map(lambda _, to=along if name == "blocks" else whole: to, part)
-            for name, part in tree.items()
-        }
-    )
-    assert bits(load_wan(folder, place=place).params) == bits(load_wan(folder).params)
-
-
-def test_replicas_share_the_memory_that_was_read_into_and_a_donated_one_leaves_the_others_alone(folder):
-    whole = jax.sharding.NamedSharding(jax.make_mesh((8,), ("all",)), jax.sharding.PartitionSpec())
-    place = lambda tree: jax.tree.map(lambda _: whole, tree)
-    loaded, expected = (load_wan(folder, place=place).params["blocks"] for _ in range(2))
-    kernel = loaded["up"]["kernel"]
-    parts = [shard.data for shard in kernel.addressable_shards]
-    assert len({part.unsafe_buffer_pointer() for part in parts}) == 1
-    new = jax.jit(lambda leaf: leaf + 1, donate_argnums=0)(parts[0])
-    assert parts[0].is_deleted() and (np.asarray(new) != np.asarray(parts[1])).all()
-    for part in parts[1:]:
-        np.testing.assert_array_equal(part, expected["up"]["kernel"])

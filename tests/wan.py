@@ -104,3 +104,9 @@ def read_tensors(folder):
 
 def write_tensors(folder, tensors):
     safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
+
+
+def bits(tree):
+    return {
+        path: (leaf.dtype.name, leaf.shape, np.asarray(leaf).tobytes()) for path, leaf in named_leaves(tree).items()
+    }
