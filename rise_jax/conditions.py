@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import logging
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,14 +19,16 @@ from rise_jax.video import write_file
 
 LOG = logging.getLogger(__name__)
 PART = 4096  # prompts: minutes of an LLM's work
+# Keys of the first line of captions, and of the others.
+HEAD, LINE = {"llm", "max_new"}, {"prompt", "rephrased", "tokens"}
 
 
 def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
     """Texts as pairs, every missing rephrasing written by the LLM; kept in `file` (JSON lines), read from it the next time.
 
     What is written is kept every PART prompts, so that a run that is ended meanwhile goes on from there. Where the condition needs
-    none, none is written. Several processes write them together, and process 0 keeps them. Raises ValueError when `file` was written
-    by another LLM or instruction, or when the LLM wrote nothing for a prompt.
+    none, none is written. Several processes write them together, and process 0 keeps them. Raises ValueError when `file` is damaged or
+    was written by another LLM or instruction, or when the LLM wrote nothing for a prompt.
     """
     unwritten = lambda text: language.writes and text.rephrased is None
     missing = sorted({text.prompt for text in texts if unwritten(text)})
@@ -46,20 +50,19 @@ def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
 def cached_states(pairs: list[Pair], language: Condition, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Training's states float32 [n, L, d_llm] and mask bool [n, L], from `file` or written to it.
 
-    The file carries the fingerprint of everything it depends on; raises ValueError when that has changed since. Several processes
-    compute them together, and process 0 writes the file.
+    The file carries the fingerprint of everything it depends on; raises ValueError when that has changed since, or when the file is
+    damaged. Several processes compute them together, and process 0 writes the file.
     """
     fingerprint = fingerprint_of(pairs, language)
     if from_first(file.exists()):
-        with np.load(file) as saved:
-            if str(saved["fingerprint"]) != fingerprint:
-                names = differing(json.loads(str(saved["llm"])), language.identity) if "llm" in saved else []
-                raise ValueError(
-                    f"{file} holds states of other texts, another LLM, instruction or condition (fingerprint "
-                    f"{str(saved['fingerprint'])[:12]}, now {fingerprint[:12]}{_named(names)}): "
-                    "remove it, or use another --workdir"
-                )
-            return saved["states"], saved["mask"]
+        states, mask, was, llm = _read_states(file)
+        if was != fingerprint:
+            names = differing(llm, language.identity) if llm else []
+            raise ValueError(
+                f"{file} holds states of other texts, another LLM, instruction or condition (fingerprint "
+                f"{was[:12]}, now {fingerprint[:12]}{_named(names)}): remove it, or use another --workdir"
+            )
+        return states, mask
     states, mask = language.teach(
         pairs, progress=lambda steps: tqdm(steps, desc="LLM states", unit="batch", disable=None)
     )
@@ -91,6 +94,16 @@ def _write(prompts: list[str], language: Condition) -> dict[str, dict]:
     }
 
 
+def _read_states(file: Path) -> tuple[np.ndarray, np.ndarray, str, dict]:
+    """States, mask, fingerprint, and the LLM's identity: {} in files of earlier versions. Raises ValueError where it is damaged."""
+    try:
+        with np.load(file) as saved:
+            llm = json.loads(str(saved["llm"])) if "llm" in saved else {}
+            return saved["states"], saved["mask"], str(saved["fingerprint"]), llm
+    except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise _damaged(file, str(error).strip("'")) from error
+
+
 def _head(language: Condition) -> dict:
     return {"llm": language.identity, "max_new": language.length}
 
@@ -98,7 +111,7 @@ def _head(language: Condition) -> dict:
 def _read_written(file: Path, language: Condition) -> dict[str, dict]:
     if not file.exists():
         return {}
-    head, *lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    head, *lines = _read_lines(file)
     if head != _head(language):
         names = differing(head["llm"], language.identity)
         raise ValueError(
@@ -106,6 +119,28 @@ def _read_written(file: Path, language: Condition) -> dict[str, dict]:
             "remove it, or use another --workdir"
         )
     return {line.pop("prompt"): line for line in lines}
+
+
+def _read_lines(file: Path) -> list[dict]:
+    """What `complete` wrote: a head, and one object per prompt. Raises ValueError with the line that is not whole."""
+    rows = []
+    for number, line in enumerate(file.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+        row, needed = _parsed(line), LINE if rows else HEAD
+        if not isinstance(row, dict) or not needed <= row.keys():
+            raise _damaged(file, f"line {number} is no JSON object with {', '.join(sorted(needed))}")
+        rows.append(row)
+    return rows
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(f"{file} is damaged ({reason}): remove it, and it is made again")
 
 
 def _named(names: list[str]) -> str:

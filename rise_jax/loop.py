@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rise_jax.data.loader import quarantined
 from rise_jax.processes import Stop, is_first, meet
 from rise_jax.profiling import Profile
 from rise_jax.report import Report
@@ -50,7 +51,7 @@ def run_steps(
             stopped = stop.asked(signal)
             if stopped or step + 1 == last or (step + 1) % config.run.save_every == 0:
                 _check_finite(report.flush(), step + 1, config, workdir)
-                checkpoints.save(step + 1, state, meta)
+                checkpoints.save(step + 1, state, meta | {"quarantine": quarantined(workdir / "quarantine.jsonl")})
                 report.pause()
             if stopped:
                 checkpoints.wait()

@@ -6,16 +6,18 @@ import os
 import resource
 import sys
 import time
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from rise_jax.tensorboard import Board
 from rise_jax.throughput import Work, device_memory_gib
 from rise_jax.workdir import write_json
+from rise_jax.writing import Growing, told
 
 # Without a terminal: one line every so many seconds instead of a bar.
 LINE_SECONDS = 10.0
@@ -30,6 +32,8 @@ class Report:
     metrics.jsonl has each step once. A step's number is the count of updates made with it: the first is 1.
 
     `work`: with it, lines have the rates that the step's seconds make of it. All lines have the peaks of memory so far.
+
+    Where a step cannot be written, the call that writes it raises OSError with path and reason.
     """
 
     def __init__(self, workdir: str | os.PathLike, total_steps: int, start_step: int = 0, work: Work | None = None):
@@ -42,8 +46,8 @@ class Report:
             return
         path = Path(workdir) / "metrics.jsonl"
         _drop_after(path, start_step)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+        self._file = Growing(path)
+        self._board = Board(Path(workdir) / "tensorboard", purge_step=start_step + 1)
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
 
     def log(self, step: int, metrics: dict[str, Any]) -> dict[str, float] | None:
@@ -75,18 +79,19 @@ class Report:
         self._last_time = time.perf_counter()
 
     def close(self) -> None:
-        """Flushes and closes all files."""
-        self.flush()
-        if self._active:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
+        """Writes the step held back and closes all files, even where that step cannot be written."""
+        with ExitStack() as closing:
+            for part in (self._file, self._board, self._bar) if self._active else ():
+                closing.callback(part.close)
+            self.flush()
 
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """After an error of the body, that one is told, whatever closing meets."""
+        with suppress(Exception) if kind else nullcontext():
+            self.close()
 
     def _smooth(self, seconds: float) -> float:
         """The first step also fills caches and pipelines, so the average starts again at the second."""
@@ -94,10 +99,9 @@ class Report:
         return seconds if self._steps_seen <= 2 else (1 - SMOOTHING) * self._step_seconds + SMOOTHING * seconds
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **{k: finite_or_none(v) for k, v in values.items()}}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        line = json.dumps({"step": step, **{k: finite_or_none(v) for k, v in values.items()}})
+        self._file.write(f"{line}\n".encode())
+        self._board.scalars(step, values)
         self._show(step, values)
 
     def _show(self, step: int, values: dict[str, float]) -> None:
@@ -139,5 +143,6 @@ def _drop_after(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(kept))
-    scratch.replace(path)
+    with told(path):
+        scratch.write_text("".join(kept))
+        scratch.replace(path)

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -149,13 +150,34 @@ class _Stream:
             self.last = max(0.0, self._length() - 1 / self.fps)
 
     def _length(self) -> float:
+        """Seconds from the start of the first frame to the end of the last one.
+
+        Matroska says how long a file is, sound and all; how long a stream is, in a tag or not at all. Without one, the packets
+        are gone through, undecoded.
+        """
+        start = float(self._start * self._video.time_base)
         if self._video.duration:
             return float(self._video.duration * self._video.time_base)
-        if self._container.duration:
-            return self._container.duration / av.time_base - float(self._start * self._video.time_base)
-        ends = [packet.pts + packet.duration for packet in self._container.demux(self._video) if packet.pts is not None]
-        self._container.seek(0)  # a webm recorded live says no length; its packets do, without decoding
-        return float((max(ends, default=0) - self._start) * self._video.time_base)
+        if end := _seconds(self._video.metadata.get("DURATION", "")):
+            return end - start
+        whole = (self._container.duration or 0) / av.time_base
+        if whole and len(self._container.streams) == 1:
+            return whole - start
+        ends = self._ends()
+        found = max(ends.values(), default=0.0)
+        if found + 1 < whole:  # a second, since the last packet may not say how long it is
+            raise MediaError(f"ends at {found:.2f} s, but its header says {whole:.2f} s")
+        self._container.seek(self._start, stream=self._video)
+        return ends.get(self._video.index, start) - start
+
+    def _ends(self) -> dict[int, float]:
+        """When the last packet of each stream ends, in seconds; leaves the container at its end."""
+        ends: dict[int, float] = {}
+        for packet in self._container.demux():
+            if packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                ends[packet.stream_index] = max(end, ends.get(packet.stream_index, end))
+        return ends
 
     def frames(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
         """(time in seconds, frame), from the key frame at or before `start`. MediaError if it ends before its time."""
@@ -184,6 +206,12 @@ class _Stream:
             raise MediaError(f"is damaged at {self._time(frame):.2f} s")
         with _decoding():
             return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def _seconds(clock: str) -> float | None:
+    """'00:01:02.500000000', as ffmpeg writes it, in seconds; None for other text."""
+    found = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", clock.strip("\0 "))
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else None
 
 
 def write_video(path: str | os.PathLike, video: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:

@@ -19,7 +19,7 @@ PYTHON = sorted(
 
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
-    ("axes", "trees", "version", "processes", "utf8"),
+    ("axes", "trees", "version", "processes", "utf8", "writing"),
     (
         "models.layers",
         "models.attention",
@@ -35,7 +35,7 @@ LAYERS = (
         "throughput",
         "settings",
         "tensor_folder",
-        "text",
+        "tensorboard",
         "video",
         "sheets",
         "workdir",
@@ -44,6 +44,7 @@ LAYERS = (
     (
         "unipc",
         "sampler",
+        "text",
         "rephrase",
         "weights",
         "weights_files",

@@ -1,5 +1,6 @@
 """Captions and states that are made once: the same as in use, kept with what they depend on, refused when that has changed."""
 
+import io
 import json
 
 import numpy as np
@@ -82,6 +83,72 @@ def test_states_are_kept_and_stale_ones_refused(language, tmp_path):
     assert file.stat().st_mtime_ns == stamp and mask.sum() == sum(len(pair.tokens) for pair in pairs)
     with pytest.raises(ValueError, match="holds states of other texts"):
         cached_states(pairs[:2], language, file)
+
+
+def without(content, name):
+    """An npz file without one of its arrays."""
+    kept, file = dict(np.load(io.BytesIO(content))), io.BytesIO()
+    np.savez(file, **{key: value for key, value in kept.items() if key != name})
+    return file.getvalue()
+
+
+DAMAGED_STATES = {
+    "cut": (lambda content: content[: len(content) // 2], "not a zip file"),
+    "empty": (lambda content: b"", "No data left in file"),
+    "no mask": (lambda content: without(content, "mask"), "mask is not a file in the archive"),
+    "text": (lambda content: b"these are no states", "pickle"),
+    "bent": (lambda content: content.replace(b"NUMPY", b"NUMBY"), "Bad CRC-32|magic"),
+    "one array": (lambda content: content[content.index(b"\x93NUMPY") :], ".+"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_STATES)
+def test_damaged_states_are_told_with_their_file(language, tmp_path, damage):
+    pairs = [language.pair(text) for text in TEXTS[:1]]
+    file = tmp_path / "states.npz"
+    states, _ = cached_states(pairs, language, file)
+    change, reason = DAMAGED_STATES[damage]
+    file.write_bytes(change(file.read_bytes()))
+    told = rf"{file} is damaged \(.*({reason}).*\): remove it, and it is made again"
+    with pytest.raises(ValueError, match=told):
+        cached_states(pairs, language, file)
+    file.unlink()
+    np.testing.assert_array_equal(cached_states(pairs, language, file)[0], states)
+
+
+WRITTEN = [{"prompt": text.prompt, "rephrased": "ñ", "tokens": [1, 2]} for text in TEXTS[1:]]
+
+
+def captions(language, file):
+    """As `complete` writes them."""
+    lines = [conditions._head(language), *WRITTEN]
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+DAMAGED_CAPTIONS = {
+    "empty": (lambda content: b"", "line 1 is no JSON object with llm, max_new"),
+    "cut": (lambda content: content[:-20], "line 3 is no JSON object with prompt, rephrased, tokens"),
+    "cut in a letter": (lambda content: content[: content.rindex("ñ".encode()) + 1], "line 3 is no JSON"),
+    "no head": (lambda content: content.split(b"\n", 1)[1], "line 1 is no JSON object with llm"),
+    "no tokens": (lambda content: content.replace(b'"tokens"', b'"token"', 1), "line 2 is no JSON object with prompt"),
+    "a list": (lambda content: content + b"[]\n", "line 4 is no JSON object"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CAPTIONS)
+def test_damaged_captions_are_told_with_their_file_and_line(language, tmp_path, damage):
+    file = captions(language, tmp_path / "captions.jsonl")
+    change, reason = DAMAGED_CAPTIONS[damage]
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{file} is damaged \({reason}.*\): remove it, and it is made again"):
+        complete(TEXTS, language, file)
+
+
+def test_a_prompt_may_hold_any_line_separator_of_unicode(language, tmp_path):
+    text = Text("one\u2028two\x85three", None)
+    first = complete([text], language, tmp_path / "captions.jsonl")
+    assert complete([text], language, tmp_path / "captions.jsonl") == first
 
 
 @pytest.mark.slow

@@ -81,6 +81,21 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
         source(tmp_path)
 
 
+def test_a_column_given_twice_is_named(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,prompt,prompt\na.mp4,one,two\n")
+    with pytest.raises(ValueError, match=r"metadata.csv line 1 has 'prompt' twice"):
+        source(tmp_path)
+
+
+def test_a_key_given_twice_is_named(tmp_path):
+    folder_of(tmp_path)
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write('\n{"file_name": "a.mp4", "prompt": "one", "file_name": "0.mp4"}\n')
+    with pytest.raises(ValueError, match=r"metadata.jsonl line 3 has 'file_name' twice"):
+        source(tmp_path)
+
+
 def test_a_comma_outside_quotes_is_named(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,prompt\na.mp4,a dog, running\n")
     with pytest.raises(ValueError, match=r"metadata.csv line 2 has more cells than the header; quote"):

@@ -229,11 +229,12 @@ except OSError as error:
 """
     command = [sys.executable, "-c", code, str(tmp_path / "quarantine.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "told: [Errno 27] File too large" in done.stdout
+    assert f"told: [Errno 27] cannot write {tmp_path}/quarantine.jsonl: File too large" in done.stdout
+    assert not (tmp_path / "quarantine.jsonl").read_text(), "no half line"
 
 
 def test_an_unwritable_quarantine_is_told_with_its_path(load):
-    with pytest.raises(OSError, match="/sys/rise_jax_test"):
+    with pytest.raises(OSError, match="cannot write /sys/rise_jax_test/quarantine.jsonl: "):
         next(load(Numbered(4, bad=[1]), max_bad=1.0, quarantine_file="/sys/rise_jax_test/quarantine.jsonl"))
 
 

@@ -1,8 +1,12 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from full_disk import limited
 
 from rise_jax.report import Report, peak_memory_gib, read_metrics, write_summary
 from rise_jax.throughput import Work
@@ -93,20 +97,105 @@ def test_without_a_terminal_the_last_step_is_told_in_one_line(tmp_path, capsys):
     assert " s/step, 00:00 left" in out
 
 
-def test_tensorboard_holds_the_scalars(tmp_path):
+def events(path):
+    """What a TensorBoard file holds, checked as TensorBoard does."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c  # the file format's own check
 
-    run(tmp_path, 0, 2)
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    content, values = path.read_bytes(), {}
+    content, found = path.read_bytes(), []
     while content:
         size, crc = int.from_bytes(content[:8], "little"), int.from_bytes(content[8:12], "little")
         assert masked_crc32c(content[:8]) == crc
-        event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
-        values.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
+        event, crc = content[12 : 12 + size], int.from_bytes(content[12 + size : 16 + size], "little")
+        assert masked_crc32c(event) == crc
+        found.append(Event.FromString(event))
+        content = content[16 + size :]
+    return found
+
+
+def scalars(path):
+    return {(event.step, value.tag): value.simple_value for event in events(path) for value in event.summary.value}
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    run(tmp_path, 0, 2)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    values = scalars(path)
     assert values[1, "loss"] == 0.5
     assert values[2, "loss"] == 1.0
+
+
+def test_tensorboard_is_written_step_by_step_and_told_which_steps_come_again(tmp_path):
+    with Report(tmp_path, 6, start_step=3) as report:
+        report.log(4, {"loss": 1.0})
+        report.flush()
+        (path,) = (tmp_path / "tensorboard").iterdir()
+        assert scalars(path)[4, "loss"] == 1.0
+    first, version, start, _ = events(path)
+    assert (first.step, first.file_version, version.file_version) == (0, "brain.Event:2", "brain.Event:2")
+    assert version.step == start.step == 4 and start.session_log.status == start.session_log.START
+    assert all(abs(event.wall_time - path.stat().st_mtime) < 60 for event in events(path))
+
+
+def test_two_starts_in_one_second_have_tensorboard_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1.75e9)
+    run(tmp_path, 0, 2)
+    run(tmp_path, 2, 3)
+    first, second = sorted((tmp_path / "tensorboard").iterdir())
+    assert first.name.startswith("events.out.tfevents.1750000000.") and second.name == f"{first.name}.1"
+    assert (2, "loss") in scalars(first) and (3, "loss") in scalars(second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/*"])
+def test_a_full_disk_ends_the_run_with_the_path(tmp_path, pattern):
+    """What the next step adds to the file is refused: the step before is kept, whole, and nothing waits."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' * (200 if pattern == "metrics.jsonl" else 1))
+    code = """
+import sys
+from pathlib import Path
+from full_disk import limited
+from rise_jax.report import Report
+try:
+    with Report(sys.argv[1], 100) as report:
+        report.log(1, {"loss": 1.0})
+        report.flush()
+        (file,) = Path(sys.argv[1]).glob(sys.argv[2])
+        with limited(file.stat().st_size + 50):  # less than what a step adds to either
+            for step in range(2, 40):
+                report.log(step, {"loss": 1.0})
+except OSError as error:
+    print(f"{file.name} told: {error}")
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), pattern]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
+    (file,) = tmp_path.glob(pattern)
+    assert done.stdout == f"{file.name} told: [Errno 27] cannot write {file}: File too large\n", done.stderr
+    assert "Error" not in done.stderr
+    assert {line["step"] for line in read_metrics(tmp_path)} >= {0, 1}
+    (file,) = tmp_path.glob("tensorboard/*")
+    assert (1, "loss") in scalars(file)
+
+
+def test_an_error_of_the_run_is_not_hidden_by_a_full_disk(tmp_path):
+    def failing():
+        with limited(200), Report(tmp_path, 9) as report:
+            report.log(1, {"a metric with a name so long that its line does not fit" * 9: 1.0})
+            raise RuntimeError("the first")
+
+    with pytest.raises(RuntimeError, match="the first"):
+        failing()
+    assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_full_disk_is_told_when_a_run_ends_and_all_is_closed(tmp_path):
+    report = Report(tmp_path, 9)
+    report.log(1, {"loss": 1.0})
+    with limited(20), pytest.raises(OSError, match=f"cannot write {tmp_path}/metrics.jsonl: File too large"):
+        report.close()
+    with pytest.raises(ValueError, match="closed"):
+        report._file.write(b"more")
 
 
 def test_summary_and_peak_memory(tmp_path):

@@ -151,6 +151,62 @@ def test_features_of_another_kind(prepare, tmp_path, features, example, match):
         source(tmp_path)
 
 
+LABEL = tfds.features.ClassLabel(names=["cat", "dog"])
+NUMBER, FLAG = tfds.features.Scalar(dtype=np.int64), tfds.features.Scalar(dtype=np.bool_)
+LIST, NUMBERS = tfds.features.Sequence(TEXT), tfds.features.Tensor(shape=(1,), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("features", "values", "told"),
+    [
+        ({"prompt": LIST}, {"prompt": ["a", "b"]}, r"prompt is Sequence\(Text.*; it must be Text"),
+        ({"caption": LABEL}, {"caption": "dog"}, r"caption is ClassLabel\(.*; it must be Text"),
+        ({"text": NUMBER}, {"text": 3}, r"text is Scalar\(shape=\(\), dtype=int64\); it must be Text"),
+        ({"prompt": TEXT, "rephrased": LABEL}, {"prompt": "p", "rephrased": 0}, r"rephrased is ClassLabel"),
+        ({"prompt": TEXT, "fps": TEXT}, {"prompt": "p", "fps": "8"}, r"fps is Text\(.*; it must be a Scalar of an "),
+        ({"prompt": TEXT, "fps": NUMBERS}, {"prompt": "p", "fps": [8]}, "fps is T"),
+        ({"prompt": TEXT, "fps": FLAG}, {"prompt": "p", "fps": True}, "fps is Scalar"),
+    ],
+)
+def test_texts_and_rates_of_another_kind_are_named(prepare, tmp_path, features, values, told):
+    prepare({"video": VIDEO} | features, {"train": [{"video": grays(4)} | values]})
+    with pytest.raises(ValueError, match=f"tfds:clips/train: the feature {told}"):
+        source(tmp_path)
+
+
+def test_what_an_example_leaves_out_is_absent(prepare, tmp_path):
+    text, number = tfds.features.Text(optional=True), tfds.features.Scalar(dtype=np.float32, optional=True)
+    examples = [{"rephrased": None, "text": "short", "fps": None}, {"rephrased": "long", "text": "quick", "fps": 20.0}]
+    features = {"video": VIDEO, "prompt": text, "rephrased": text, "text": text, "fps": number}
+    prepare(features, {"train": [{"video": grays(9), "prompt": None} | example for example in examples]})
+    made = source(tmp_path)
+    assert set(made.texts) == {Text("short", None), Text("quick", "long")}
+    items = by_prompt(made)
+    assert numbers(made.load(items["short"], None).video) == [3, 4, 5]
+    assert numbers(made.load(items["quick"], None).video) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("fps", [0.0, -8.0, np.nan, np.inf])
+def test_a_rate_that_is_none_is_a_bad_clip(prepare, tmp_path, fps):
+    features = {"video": VIDEO, "prompt": TEXT, "fps": tfds.features.Scalar(dtype=np.float32)}
+    prepare(features, {"train": [{"video": grays(4), "prompt": "p", "fps": fps}]})
+    with pytest.raises(BadClipError, match=rf"tfds:clips/train\[0\]: its fps is {fps:g}; it must be a number above 0"):
+        source(tmp_path).load(0, None)
+
+
+@pytest.mark.parametrize("fps", [1e-30, 1e30])
+def test_a_rate_far_from_any_is_read(prepare, tmp_path, fps):
+    features = {"video": VIDEO, "prompt": TEXT, "fps": tfds.features.Scalar(dtype=np.float32)}
+    prepare(features, {"train": [{"video": grays(4), "prompt": "p", "fps": fps}]})
+    assert source(tmp_path).load(0, np.random.default_rng(0)).video.shape == (3, 8, 8, 3)
+
+
+def test_a_video_without_frames_is_a_bad_clip(prepare, tmp_path):
+    prepare({"video": VIDEO, "prompt": TEXT}, {"train": [{"video": grays(0), "prompt": "p"}]})
+    with pytest.raises(BadClipError, match=r"tfds:clips/train\[0\]: its video is empty: \[0, 8, 12, 3\]"):
+        source(tmp_path).load(0, None)
+
+
 @pytest.mark.slow
 def test_does_not_import_tensorflow(prepare, tmp_path):
     prepare({"video": VIDEO, "prompt": TEXT}, {"train": [{"video": grays(4), "prompt": "p"}]})

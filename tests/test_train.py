@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from folders import write_clip, write_metadata
 from tiny import on_one_device, tiny_config, write_llm
 
 from rise_jax.build import model_from
@@ -142,3 +143,25 @@ def test_a_run_that_diverges_stops_and_names_the_batch(tmp_path):
     assert record["step"] == 2 and record["samples"] == list(range(8, 16))
     assert lines(tmp_path / "run", "step")[:2] == [1, 2]
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_run_goes_on_without_a_clip_that_cannot_be_read_and_its_checkpoints_say_so(tmp_path):
+    write_metadata(
+        tmp_path / "clips", [{"file_name": f"{n}.mp4", "prompt": f"clip {n}", "split": "train"} for n in range(4)]
+    )
+    for n in range(3):
+        write_clip(tmp_path / "clips" / f"{n}.mp4")
+    bad = tmp_path / "clips" / "3.mp4"
+    bad.write_bytes(b"nothing")
+    data = dict(data__source="folder", data__path=str(tmp_path / "clips"), data__max_bad=0.25)
+    config = tiny_config(1, write_llm(tmp_path / "llm"), run__batch_size=8, run__steps=2, **data)
+    assert train(config, tmp_path / "run") == 0
+    assert np.isfinite(lines(tmp_path / "run", "loss")).all()
+    meta = read_run(tmp_path / "run", 16).meta
+    assert list(meta["quarantine"]) == [str(bad)] and "InvalidDataError" in meta["quarantine"][str(bad)]
+    assert meta["config"] == json.loads(json.dumps(config.to_dict())) and meta["versions"]["jax"] == jax.__version__
+    config.data.max_bad, config.run.steps = 0.0, 3
+    with pytest.raises(RuntimeError, match="1 of 4 clips cannot be read, more than data.max_bad=0 allows"):
+        train(config, tmp_path / "run")
+    config.data.max_bad = 0.25
+    assert train(config, tmp_path / "run") == 0

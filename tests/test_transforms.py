@@ -52,3 +52,19 @@ def test_resize_cover_keeps_a_picture_of_the_right_size_and_flips_with_it():
 def test_resize_cover_averages_what_it_makes_smaller():
     checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
     assert np.abs(resize_cover(checks, 8, 8).astype(int) - 127.5).max() <= 2
+
+
+# Quotients that rounding carries past a side of the picture: (rows, columns) of the source, (height, width) of the clip.
+ROUNDED_UP = [((1000, 2000), (480, 832)), ((1296, 1936), (480, 832)), ((53, 26), (49, 24)), ((26, 53), (24, 49))]
+
+
+@pytest.mark.parametrize(("source", "size"), ROUNDED_UP)
+def test_resize_cover_never_asks_for_more_than_the_picture(source, size):
+    assert resize_cover(np.zeros((*source, 3), np.uint8), *size).shape == (*size, 3)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (49, 24), (24, 49), (30, 52)])
+def test_resize_cover_takes_pictures_of_every_size(size):
+    for rows in range(1, 60):
+        for columns in range(1, 60):
+            assert resize_cover(np.zeros((rows, columns, 3), np.uint8), *size).shape == (*size, 3)

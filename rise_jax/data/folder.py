@@ -17,8 +17,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +101,7 @@ def _read_rows(folder: Path) -> dict[str, dict[str, str]]:
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
+        _check_once(f"{path} line 1", reader.fieldnames or [])
         for row in reader:
             place = f"{path} line {reader.line_num}"
             if None in row:
@@ -110,13 +113,26 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
+        place = f"{path} line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=partial(_row_of, place))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+            raise ValueError(f"{place} is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is no JSON object like {{'file_name': ..., 'prompt': ...}}")
-        yield f"{path} line {number}", row
+            raise ValueError(f"{place} is no JSON object like {{'file_name': ..., 'prompt': ...}}")
+        yield place, row
+
+
+def _row_of(place: str, pairs: list[tuple[str, Any]]) -> dict:
+    _check_once(place, [column for column, _ in pairs])
+    return dict(pairs)
+
+
+def _check_once(place: str, columns: Sequence[str]) -> None:
+    """Of two columns with one name, the readers of both formats would take the last."""
+    for column in columns:
+        if columns.count(column) > 1:
+            raise ValueError(f"{place} has {column!r} twice; one of them is enough")
 
 
 def _clean(place: str, row: dict) -> dict[str, str]:

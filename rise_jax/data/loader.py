@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from rise_jax.data.sources import BadClipError, Source
+from rise_jax.writing import Growing
 
 
 def make_loader(
@@ -55,6 +56,15 @@ def make_loader(
     return _set_bad_aside(ahead, quarantine)
 
 
+def quarantined(file: str | os.PathLike) -> dict[str, str]:
+    """{clip: reason} of all that a quarantine file, and those of other processes beside it, name."""
+    first = Path(file)
+    files = sorted(first.parent.glob(f"{first.stem}*{first.suffix}"))
+    # What follows the last line end is nothing, or a line that another process is writing.
+    whole = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    return {entry["path"]: entry["reason"] for entry in map(json.loads, whole)}
+
+
 class Quarantine:
     """The clips that could not be read: one line each in a file, and a limit on how many there may be.
 
@@ -67,29 +77,23 @@ class Quarantine:
         first = Path(file)
         self.file = first.with_stem(f"{first.stem}-{process}") if process else first
         self.clips, self.max_bad = clips, max_bad
-        self._pattern = f"{first.stem}*{first.suffix}"
-        self.earlier = self._listed().keys()
+        self._first = first
+        self.earlier = quarantined(first).keys()
         self.bad: dict[str, str] = {}
 
     def add(self, path: str, reason: str, index: int) -> None:
-        """Notes one bad clip met at sample `index`. RuntimeError above the limit; OSError if the file is unwritable."""
+        """Notes one bad clip met at sample `index`. RuntimeError above the limit; OSError with the path if that is unwritable."""
         if path in self.bad:
             return
-        listed = self._listed()
+        listed = quarantined(self._first)
         if path not in listed:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"path": path, "reason": reason, "index": index}, ensure_ascii=False) + "\n")
+            line = json.dumps({"path": path, "reason": reason, "index": index}, ensure_ascii=False)
+            with contextlib.closing(Growing(self.file)) as file:
+                file.write(f"{line}\n".encode())
         self.bad |= {path: why for path, why in listed.items() if path not in self.earlier}
         self.bad[path] = reason
         if len(self.bad) > self.max_bad * self.clips:
             raise RuntimeError(self._message())
-
-    def _listed(self) -> dict[str, str]:
-        files = sorted(self.file.parent.glob(self._pattern))
-        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines(keepends=True)]
-        whole = (json.loads(line) for line in lines if line.endswith("\n"))  # a full disk may have cut the last one
-        return {entry["path"]: entry["reason"] for entry in whole}
 
     def _message(self) -> str:
         needed = math.ceil(1e4 * len(self.bad) / self.clips) / 1e4

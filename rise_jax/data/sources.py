@@ -15,6 +15,14 @@ class Text(NamedTuple):
     rephrased: str | None
 
 
+class TooLong(ValueError):
+    """A text over its budget; `tokens` is how many it has."""
+
+    def __init__(self, message: str, tokens: int):
+        super().__init__(message)
+        self.tokens = tokens
+
+
 class Sample(NamedTuple):
     """One clip, uint8 in [0, 255], and the index of its caption in the `texts` of its source."""
 

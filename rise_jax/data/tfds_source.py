@@ -4,11 +4,12 @@ The dataset is stored as ArrayRecord (`file_format='array_record'`) and has the 
 
     video or image   Tensor uint8 [T, H, W, 3] or [H, W, 3], or the bytes of a file as a Tensor of objects, shape ()
     prompt, caption, rephrased    Text, read as in `sources.text_of`; `text` is another name for prompt
-    fps              optional scalar: frames per second of a video Tensor; data.fps where there is none
+    fps              optional number, shape (): frames per second of a video Tensor; data.fps where there is none
 
 Its split 'train' is used for training, 'validation' or else 'test' as held out.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from rise_jax.video import MediaError
 
 SPLITS = {"train": ("train",), "heldout": ("validation", "test")}
 MEDIA = ("video", "image")
+TEXTS = ("prompt", "caption", "rephrased", "text")
 
 
 class TfdsSource:
@@ -37,7 +39,9 @@ class TfdsSource:
             raise ValueError(f"data.fps={fps} must be above 0 frames per second")
         self.shape, self.fps = (frames, height, width, 3), fps
         self.title, self._examples = _open(name, path, split)
-        self._media = _media(self.title, self._examples.dataset_info.features, frames)
+        features = self._examples.dataset_info.features
+        self._media = _media(self.title, features, frames)
+        _check_kinds(self.title, features)
         self.texts, self._text = unique_texts(_text(self.name(item), self._examples[item]) for item in range(len(self)))
 
     def __len__(self) -> int:
@@ -55,8 +59,17 @@ class TfdsSource:
             except MediaError as error:
                 raise BadClipError(self.name(item), str(error)) from error
         else:
-            video = self._window(media, float(example.get("fps", self.fps)), rng)
+            rate = example.get("fps")
+            rate = self.fps if rate is None else float(rate)
+            self._check_media(item, media, rate)
+            video = self._window(media, rate, rng)
         return Sample(video, int(self._text[item]))
+
+    def _check_media(self, item: int, media: UInt8[np.ndarray, "... H W 3"], rate: float) -> None:
+        if not media.size:
+            raise BadClipError(self.name(item), f"its {self._media} is empty: {list(media.shape)}")
+        if not 0 < rate < math.inf:
+            raise BadClipError(self.name(item), f"its fps is {rate:g}; it must be a number above 0")
 
     def _window(
         self, media: UInt8[np.ndarray, "... H W 3"], rate: float, rng: np.random.Generator | None
@@ -64,7 +77,7 @@ class TfdsSource:
         frames, height, width, _ = self.shape
         media = media.reshape(-1, *media.shape[-3:])
         times = clip_times((len(media) - 1) / rate, rate, frames, self.fps, rng)
-        shown = np.minimum((times * rate + 0.25).astype(int), len(media) - 1)
+        shown = np.minimum(times * rate + 0.25, len(media) - 1).astype(int)
         return np.stack([resize_cover(media[place], height, width) for place in shown])
 
 
@@ -111,10 +124,23 @@ def _media(title: str, features: tfds.features.FeaturesDict, frames: int) -> str
     return name
 
 
+def _check_kinds(title: str, features: tfds.features.FeaturesDict) -> None:
+    """Raises ValueError for a text that is none, such as a list of them or a label, and for a rate that is no number."""
+    needed = dict.fromkeys(TEXTS, ("Text", "O")) | {"fps": ("a Scalar of an integer or floating dtype", "iuf")}
+    for name, (what, kinds) in needed.items():
+        if name in features and not _holds_one(features[name], kinds):
+            raise ValueError(f"{title}: the feature {name} is {features[name]!r}; it must be {what}")
+
+
+def _holds_one(feature: tfds.features.FeatureConnector, kinds: str) -> bool:
+    """Whether it is a tensor of shape () and of one of numpy's kinds of dtype."""
+    one = isinstance(feature, tfds.features.Tensor) and feature.shape == ()
+    return one and np.dtype(feature.np_dtype).kind in kinds
+
+
 def _text(name: str, example: dict) -> Text:
-    cells = {column: example[column].decode() for column in ("prompt", "caption", "rephrased") if column in example}
-    if "text" in example:
-        cells.setdefault("prompt", example["text"].decode())
+    cells = {column: example[column].decode() for column in TEXTS if example.get(column)}
+    cells.setdefault("prompt", cells.pop("text", ""))
     text = text_of(cells)
     if text is None:
         raise ValueError(f"{name} has no text in prompt, caption or text; its features: {', '.join(sorted(example))}")

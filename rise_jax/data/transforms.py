@@ -39,7 +39,8 @@ def resize_cover(image: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> 
     """The largest centred part of the picture with the proportions asked for, resized with antialiasing (bicubic)."""
     rows, columns = image.shape[:2]
     scale = min(rows / height, columns / width)
-    cut_rows, cut_columns = scale * height, scale * width
+    # Rounding may carry a side beyond the picture, which Pillow refuses.
+    cut_rows, cut_columns = min(scale * height, rows), min(scale * width, columns)
     left, top = (columns - cut_columns) / 2, (rows - cut_rows) / 2
     box = (left, top, left + cut_columns, top + cut_rows)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
