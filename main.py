@@ -1,14 +1,16 @@
 """The command line, and nothing else: flags -> config -> one function of rise_jax per --mode."""
 
+import difflib
 import gc
 import logging
 import os
+import runpy
 import sys
 from pathlib import Path
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from rise_jax import processes
 
@@ -39,8 +41,30 @@ def parse(arguments: list[str]) -> list[str]:
         # The last line: a config file that raised is told with its stack, a key that is not there as the repr of an error.
         told = str(error).replace("\\n", "\n").strip().splitlines()[-1].strip(" \\'\"")
         if isinstance(error, AttributeError | KeyError):
-            told = f"no such config key: {told}"
+            told = f"no such config key: {_nearest_key(arguments) or told}"
         sys.exit(f"error: {told}\nAll flags: python main.py --helpfull --config=configs/stage1.py")
+
+
+def _nearest_key(arguments: list[str]) -> str:
+    """What is wrong with the first key typed that is none of the config file's, and what is there in its place; "" if all are."""
+    typed = [argument.lstrip("-").partition("=") for argument in arguments if argument.startswith("-")]
+    file, _, preset = {name: value for name, _, value in typed}.get("config", "").partition(":")
+    config = runpy.run_path(file)["get_config"](*filter(None, [preset])) if file else ConfigDict()
+    for name, *_ in typed:
+        group, path = config, []
+        for word in name.split(".")[1:] if name.startswith("config.") else []:
+            if not isinstance(group, ConfigDict) or word not in group:
+                return _what_is_there(group, path, word)
+            group, path = group[word], [*path, word]
+    return ""
+
+
+def _what_is_there(group, path: list[str], word: str) -> str:
+    key, place = ".".join([*path, word]), ".".join(path)
+    if not isinstance(group, ConfigDict):
+        return f"{key}; nothing is below {place}"
+    near = difflib.get_close_matches(word, group, n=1, cutoff=0.0)
+    return f"{key}; nearest: {'.'.join([*path, *near])}; {place or 'there'} has {', '.join(sorted(group))}"
 
 
 def main(_) -> int:
@@ -70,9 +94,18 @@ def _run() -> int:
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
     with processes.one_voice():
-        code = mode_function(MODE.value)(config, workdir)
+        code = mode_function(MODE.value)(config, workdir, **_moved(workdir))
         processes.meet("the end")
     return code
+
+
+def _moved(workdir: Path) -> dict:
+    """For the modes that use a run: where its files lie now, if typed. What else of model and data is typed has to be the run's."""
+    if MODE.value not in ("generate", "evaluate", "export"):
+        return {}
+    from rise_jax.runs import typed_paths
+
+    return {"paths": typed_paths(workdir, config_flags.get_override_values(flags.FLAGS["config"]))}
 
 
 def _explain(error: Exception) -> int:

@@ -27,6 +27,7 @@ from rise_jax.pipeline import make_videos
 from rise_jax.sharding import batch_sharding, describe, make_mesh, replicated, shardings
 from rise_jax.step import make_train_step
 from rise_jax.throughput import peak_tflops
+from rise_jax.validate import clip_size
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/stage2.py:wan_1_3b", "configs/STAGE.py:PRESET")
 REMATS = flags.DEFINE_list("remats", ["blocks"], f"of {', '.join(REMAT)}")
@@ -80,7 +81,7 @@ def time_video(config: ConfigDict, mesh) -> None:
     outlined, name = named(config, mesh)
     sample, model = config.sample, outlined.model
     params, vae, states, mask, seeds = sampler_arguments(config, outlined, sample.batch_size)
-    shape = model.latent_shape((sample.frames, sample.height, sample.width))
+    shape = model.latent_shape(clip_size(sample, config.data))
     trees = [drawn(tree, shardings(tree, mesh)) for tree in (params, vae)]
     rows = [drawn(array, replicated(mesh)) for array in (states, mask, seeds)]
     for steps in (sample.steps, max(sample.steps // 2, 1)):

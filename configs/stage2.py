@@ -17,5 +17,5 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     row = preset_row(config.run.preset)
     config.run.update(stage="stage2", init_from="stage1")
     stage1.set_stage(config, row["stage2"])
-    config.data.frames = config.sample.frames = row["frames"]
+    config.data.frames = row["frames"]
     return config

@@ -41,18 +41,21 @@ MODEL = [
     "--config.optim.time_mean=0.3",
     "--config.optim.time_std=1.3",
 ]
-SIZE = [f"--config.{group}.{side}=16" for group in ("data", "sample") for side in ("height", "width")]
-FRAMES = [f"--config.{group}.frames=5" for group in ("data", "sample")]
+SIZE = ["--config.data.height=16", "--config.data.width=16"]
 STAGE1 = MODEL + SIZE + decayed(300) + ["--config.data.texts=96"]
 STAGE2 = (
     MODEL
     + SIZE
-    + FRAMES
     + decayed(1100)
-    + ["--config.optim.learning_rate=1.3e-3", "--config.data.texts=300", f"--config.run.init_from={OUT / 'stage1'}"]
+    + [
+        "--config.data.frames=5",
+        "--config.optim.learning_rate=1.3e-3",
+        "--config.data.texts=300",
+        f"--config.run.init_from={OUT / 'stage1'}",
+    ]
 )
-GENERATE = [*SIZE, *FRAMES, "--mode=generate", f"--config.sample.prompts={PROMPTS}"]
-EVALUATE = [*SIZE, *FRAMES, "--mode=evaluate", "--config.sample.steps=10", "--config.sample.count=64"]
+GENERATE = ["--mode=generate", f"--config.sample.prompts={PROMPTS}"]
+EVALUATE = ["--mode=evaluate", "--config.sample.steps=10", "--config.sample.count=64"]
 SCORED = ("colour", "direction", "shape", "all")
 
 

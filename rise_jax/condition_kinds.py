@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rise_jax import rephrase
-from rise_jax.data.sources import Text
+from rise_jax.data.sources import Text, TooLong
 from rise_jax.language import Language, Pair, Rephrasings, batch_size, gathered, identity_of, rounded
 from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
@@ -44,6 +44,9 @@ class Condition(Protocol):
     prefix: Any
     identity: dict
     rules: str | None
+
+    def check(self, text: Text) -> None:
+        """Raises ValueError for a text of which something that is used is over its budget."""
 
     def pair(self, text: Text) -> Pair:
         """A text as what is kept of it. Raises ValueError for one over its budget."""
@@ -128,6 +131,10 @@ class Encode(_Encoded):
         super().__init__(encode, put_parameters(loaded.params, mesh), **sizes, mesh=mesh)
         self.identity = identity_of(self.condition, loaded.identity["sha256"], dtype, layer=layer, depth=config.depth)
 
+    def check(self, text: Text) -> None:
+        """Raises ValueError for a prompt over its budget."""
+        self.pair(text)
+
     def pair(self, text: Text) -> Pair:
         """The prompt with its own ids; its caption, given or not, is not looked at."""
         return Pair(text.prompt, bare_prompt_ids(self._tokenizer, text.prompt, self.length))
@@ -158,6 +165,10 @@ class RewriteThenEncode(_Encoded):
             encode, writer.params, pad=tokenizer.pad, length=writer.length, width=writer.width, mesh=writer.mesh
         )
         self.identity = writer.identity | identity_of(self.condition, None, writer.identity["dtype"])
+
+    def check(self, text: Text) -> None:
+        """As `Language.check`."""
+        self._writer.check(text)
 
     def pair(self, text: Text) -> Pair:
         """A text whose rephrasing is given. Raises ValueError when that has more tokens than `max_new`."""
@@ -198,13 +209,26 @@ class Native(_Encoded):
         ids, mask = text_ids(self._tokenizer, [text.prompt], self.length)
         return Pair(text.prompt, ids[0][mask[0]].tolist())
 
-    rephrase = Encode.rephrase
+    check, rephrase = Encode.check, Encode.rephrase
 
 
 #: The values of `model.condition`.
 CONDITIONS: dict[str, type[Condition]] = {
     kind.condition: kind for kind in (Language, Encode, RewriteThenEncode, Native)
 }
+
+
+def check_texts(texts: Sequence[Text], condition: Condition) -> None:
+    """Raises ValueError for texts that are over a budget, with their number and the longest one; for another fault, at the first."""
+    over = []
+    for text in texts:
+        try:
+            condition.check(text)
+        except TooLong as error:
+            over.append(error)
+    if over:
+        longest = max(over, key=lambda error: error.tokens)
+        raise ValueError(f"{len(over)} of {len(texts)} texts are too long; the longest: {longest}")
 
 
 def check_prompts(condition: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:

@@ -4,26 +4,27 @@ Videos are made as a user makes them: from the short prompt, with the LLM's own 
 scored against the prompt, never against the rephrasing. The held-out loss is teacher-forced, at fixed times and fixed noise.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rise_jax import metrics
+from rise_jax import metrics, runs
 from rise_jax.build import backend_from, describe_attention
 from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
 from rise_jax.language import gathered
-from rise_jax.pipeline import Pipeline, check_size
+from rise_jax.pipeline import Pipeline
 from rise_jax.processes import is_first
-from rise_jax.runs import read_config
 from rise_jax.sharding import describe, make_mesh, put_rows
 from rise_jax.sheets import contact_sheet
 from rise_jax.step import make_eval_step
-from rise_jax.validate import validate
+from rise_jax.validate import check_use, clip_size
 from rise_jax.video import write_png
 from rise_jax.workdir import write_json
 
@@ -33,17 +34,20 @@ UNHEARD = 32  # prompts whose videos are also made from zeroed states, the first
 _BESIDE = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "kept by the rephrasing"}
 
 
-def evaluate(config: ConfigDict, workdir: Path) -> int:
-    """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts."""
-    validate(config)
-    check_size(ConfigDict(read_config(workdir)), config.sample)
+def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts of its data.
+
+    `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh, the back ends of attention and data.max_bad are used.
+    """
+    check_use(config.sample, config.model, runs.config_at(workdir, paths))
     mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
     print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
-    pipe = Pipeline.from_run(workdir, mesh=mesh, backend=backend)
+    pipe = Pipeline.from_run(workdir, paths=paths, mesh=mesh, backend=backend)
     source = _held_out(pipe.config.data, config.sample.count, config.run.seed)
     prompts = [text.prompt for text in source.texts[: config.sample.count]]
     seeds = [config.sample.seed + i for i in range(len(prompts))]
-    settings = {name: config.sample[name] for name in ("steps", "guidance", "stepper", "frames", "height", "width")}
+    settings = {name: config.sample[name] for name in ("steps", "guidance", "stepper")}
+    settings |= dict(zip(("frames", "height", "width"), clip_size(config.sample, pipe.config.data)))
 
     heard = pipe.language.rephrase(prompts, temperature=config.sample.temperature, seeds=seeds)
     videos = pipe.render(heard, seeds, **settings)
@@ -56,7 +60,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> int:
         "flicker": float(np.mean([metrics.flicker(video) for video in videos])),
         "motion_energy": float(np.mean([metrics.motion_energy(video) for video in videos])),
     }
-    if config.data.source == "scenes":
+    if pipe.config.data.source == "scenes":
         deaf = heard._replace(states=np.zeros_like(heard.states[:UNHEARD]), mask=heard.mask[:UNHEARD])
         unheard = pipe.render(deaf, seeds[:UNHEARD], **settings)
         result |= {"zeroed_prompts": len(unheard)} | scene_scores(
@@ -126,7 +130,15 @@ def heldout_loss(pipe: Pipeline, source, workdir: Path, batch_size: int, max_bad
     Clips that cannot be read do not count; RuntimeError above the share `max_bad` of them, or where none can be read.
     """
     size, quarantine = min(batch_size, len(source)), workdir / "quarantine.jsonl"
-    batch = next(make_loader(source, batch_size=size, seed=0, quarantine_file=quarantine, max_bad=max_bad))
+    loader = make_loader(
+        source,
+        batch_size=size,
+        seed=0,
+        quarantine_file=quarantine,
+        max_bad=max_bad,
+        process=jax.process_index(),
+    )
+    batch = next(loader)
     read = int(batch["weight"].sum())
     if not read:
         raise RuntimeError(f"none of {size} held-out clips can be read: see {quarantine}")

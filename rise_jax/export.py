@@ -1,6 +1,8 @@
 """--mode=export: a run's newest checkpoint (EMA) as one folder for others, in Orbax and safetensors (exported.py has the layout)."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 from ml_collections import ConfigDict
@@ -9,8 +11,9 @@ from rise_jax.exported import write_export
 from rise_jax.pipeline import open_run
 
 
-def export(config: ConfigDict, workdir: Path) -> int:
-    """Writes WORKDIR/export. The model, and the sample defaults that go with it, are the workdir's run's.
+def export(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Writes WORKDIR/export. The model, and the sample defaults that go with it, are the workdir's run's; `paths` as in
+    Pipeline.from_run.
 
     Raises FileExistsError where there is an export already, FileNotFoundError where there is no run.
     """
@@ -19,7 +22,7 @@ def export(config: ConfigDict, workdir: Path) -> int:
     folder = workdir / "export"
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: remove it, or move it away, to export again")
-    run, language, vae = open_run(workdir)
+    run, language, vae = open_run(workdir, paths)
     write_export(folder, run, language, vae)
     print(
         f"{folder}: step {run.step} of {run.config.run.stage}, preset {run.config.run.preset}; "

@@ -51,7 +51,8 @@ MODEL = {
 USED = {"model", "llm", "sample", "fps"}  # at the top; the rest is told for people to read
 GIVEN = {"d_llm", "dtype", "rngs", "backend", "learned_null", "register_width"}  # to an adapter, not by its group
 Group = tuple[str, dict[str, Kind], list[str], set[str]]  # where it stands, {key: kind}, needed keys, keys of any value
-SAMPLE = ("steps", "guidance", "stepper", "frames", "height", "width", "batch_size", "temperature")
+SIZE = ("frames", "height", "width")
+SAMPLE = ("steps", "guidance", "stepper", *SIZE, "batch_size", "temperature")
 
 
 def read_card(folder: Path) -> dict:

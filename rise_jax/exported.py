@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from rise_jax.build import Model, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.condition_kinds import CONDITIONS, Condition
-from rise_jax.export_card import CARD, FORMAT, SAMPLE, read_card
+from rise_jax.export_card import CARD, FORMAT, SAMPLE, SIZE, read_card
 from rise_jax.language import differing, states_in_batch
 from rise_jax.models.attention import XLA, Backend
 from rise_jax.placement import Place, check, stream
@@ -32,6 +32,7 @@ from rise_jax.runs import Run
 from rise_jax.sharding import shardings
 from rise_jax.tensor_folder import TensorFile
 from rise_jax.trees import named_leaves
+from rise_jax.validate import clip_size
 from rise_jax.version import VERSION
 from rise_jax.weights_wan import load_wan, merge_low_rank, save_wan
 from rise_jax.weights_wan_vae import open_wan_vae, save_wan_vae
@@ -108,7 +109,7 @@ def _dit_sizes(model: ConfigDict) -> dict:
 
 
 def _card(run: Run, language: Condition) -> dict:
-    model = run.config.model
+    model, sample = run.config.model, {name: run.config.sample[name] for name in SAMPLE}
     return {
         "format": FORMAT,
         "rise_jax": VERSION,
@@ -116,7 +117,7 @@ def _card(run: Run, language: Condition) -> dict:
         "model": model.to_dict(),
         "llm": {"identity": language.identity, "width": language.width, "instruction": language.rules},
         "null": model.null if model.null in (LEARNED, NATIVE) else "file",
-        "sample": {name: run.config.sample[name] for name in SAMPLE},
+        "sample": sample | dict(zip(SIZE, clip_size(run.config.sample, run.config.data))),
         "fps": run.config.data.fps,
         "provenance": run.meta["provenance"],
     }
@@ -126,7 +127,8 @@ def _config(card: dict, folder: Path) -> ConfigDict:
     """The run's config with the folder's own files for its parts."""
     sample = {"seed": 0} | card["sample"]
     sample |= {name: float(sample[name]) for name in ("guidance", "temperature")}  # a hand may have written 2
-    config = ConfigDict({"model": card["model"], "sample": sample, "data": {"fps": card["fps"]}})
+    data = {name: sample[name] for name in SIZE} | {"fps": card["fps"]}
+    config = ConfigDict({"model": card["model"], "sample": sample, "data": data})
     config.model.dit.update(path=str(folder), low_rank=0)
     config.model.update(null=str(folder / NULL), trainable=["."])
     if config.model.vae.path != PIXELS:

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,49 +14,57 @@ from ml_collections import ConfigDict
 from rise_jax import runs
 from rise_jax.build import backend_from, describe_attention
 from rise_jax.condition_kinds import CONDITIONS, check_prompts
+from rise_jax.data.sources import nearest
 from rise_jax.models.attention import Backend
 from rise_jax.origin import check_states
 from rise_jax.outline import text_identity
-from rise_jax.pipeline import Output, Pipeline, check_size
+from rise_jax.pipeline import Output, Pipeline
 from rise_jax.processes import is_first
 from rise_jax.published import vae_identity
 from rise_jax.sharding import describe, make_mesh
 from rise_jax.sheets import comparison_sheet, contact_sheet
 from rise_jax.utf8 import read_utf8
-from rise_jax.validate import validate
+from rise_jax.validate import check_use
 from rise_jax.video import write_file, write_png, write_video
+
+SUFFIXES = (".txt", ".md", ".csv", ".json", ".jsonl")  # of files, whatever they hold
 
 
 class Made(NamedTuple):
-    """What one run made of the prompts. `folder`: where its files go below the samples, "" for the workdir's own run."""
+    """What one run made of the prompts. `folder`: where its files go below the samples, "" for the workdir's own run; `fps`: the rate
+    that its clips had."""
 
     name: str
     folder: str
     condition: str
     output: Output
+    fps: float
 
     @property
     def title(self) -> str:
         return f"{self.condition}: {self.name}"
 
 
-def generate(config: ConfigDict, workdir: Path) -> int:
-    """Writes into WORKDIR/samples: NNN.mp4 or NNN.png per prompt, samples.jsonl, contact_sheet.png. The model is the workdir's run.
+def generate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Writes into WORKDIR/samples: NNN.mp4 or NNN.png per prompt, samples.jsonl, contact_sheet.png. The model is the workdir's run;
+    `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh and the back ends of attention are used.
 
     Every run of `sample.beside` makes the same prompts with the same seeds, kept in N-NAME/ there; contact_sheet.png then has a
     column per run. Nothing is written before all is made.
     """
-    validate(config)
     prompts = read_prompts(config.sample.prompts)
     workdirs = read_workdirs(config.sample.beside, workdir)
-    check_runs(workdirs, config.sample, prompts)
+    check_runs(workdirs, config, prompts, paths)
     mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
     print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
-    made = [_make(config, prompts, folder, number, mesh, backend) for number, folder in enumerate(workdirs)]
+    made = [
+        _make(config, prompts, folder, number, mesh, backend, {} if number else paths)
+        for number, folder in enumerate(workdirs)
+    ]
     if not is_first():
         return 0
     samples = workdir / "samples"
-    records = [record for run in made for record in _write(run, samples, prompts, config.data.fps)]
+    records = [record for run in made for record in _write(run, samples, prompts)]
     write_file(
         samples / "samples.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     )
@@ -63,8 +73,16 @@ def generate(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
-def _make(config: ConfigDict, prompts: list[str], workdir: Path, number: int, mesh: Mesh, backend: Backend) -> Made:
-    pipe = Pipeline.from_run(workdir, mesh=mesh, backend=backend)
+def _make(
+    config: ConfigDict,
+    prompts: list[str],
+    workdir: Path,
+    number: int,
+    mesh: Mesh,
+    backend: Backend,
+    paths: Mapping[str, str],
+) -> Made:
+    pipe = Pipeline.from_run(workdir, paths=paths, mesh=mesh, backend=backend)
     sample = config.sample
     pipe.config.sample.batch_size = sample.batch_size
     output = pipe(
@@ -73,16 +91,16 @@ def _make(config: ConfigDict, prompts: list[str], workdir: Path, number: int, me
         steps=sample.steps,
         guidance=sample.guidance,
         stepper=sample.stepper,
-        frames=sample.frames,
-        height=sample.height,
-        width=sample.width,
+        frames=sample.frames or None,
+        height=sample.height or None,
+        width=sample.width or None,
         temperature=sample.temperature,
     )
     name = workdir.resolve().name
-    return Made(name, f"{number}-{name}" if number else "", pipe.language.condition, output)
+    return Made(name, f"{number}-{name}" if number else "", pipe.language.condition, output, pipe.config.data.fps)
 
 
-def _write(made: Made, samples: Path, prompts: list[str], fps: float) -> list[dict]:
+def _write(made: Made, samples: Path, prompts: list[str]) -> list[dict]:
     records = []
     rows = zip(prompts, made.output.rephrased, made.output.seeds, made.output.videos)
     for i, (prompt, rephrased, seed, video) in enumerate(rows):
@@ -90,7 +108,7 @@ def _write(made: Made, samples: Path, prompts: list[str], fps: float) -> list[di
         if len(video) == 1:
             write_png(samples / name, video[0])
         else:
-            write_video(samples / name, video, fps)
+            write_video(samples / name, video, made.fps)
         texts = {"condition": made.condition, "prompt": prompt, "rephrased": rephrased}
         records.append({"file_name": name, "run": made.name, **texts, "seed": seed})
         said = "" if rephrased is None else f"\n  rephrased: {rephrased}"
@@ -106,7 +124,10 @@ def _sheet(made: list[Made], prompts: list[str]) -> np.ndarray:
 
 
 def read_prompts(prompts: str) -> list[str]:
-    """A file with one prompt a line, or a text, several joined by '||'. Raises ValueError for an empty one, naming its place."""
+    """A file with one prompt a line, or a text, several joined by '||'.
+
+    Raises ValueError for an empty one, naming its place, and FileNotFoundError for what can only be meant as a file.
+    """
     if not prompts.strip():
         raise ValueError(
             'no prompt given: --config.sample.prompts="a text", several joined by ||, or a file with one a line'
@@ -114,6 +135,9 @@ def read_prompts(prompts: str) -> list[str]:
     if os.path.isfile(prompts):  # False for a text too long to be a name, where Path.is_file raises
         lines = read_utf8(prompts).splitlines()
         return [line.strip() for line in lines if line.strip()] or read_prompts("")
+    if Path(prompts).suffix in SUFFIXES and not any(map(str.isspace, prompts)):
+        near = nearest(Path(prompts).name, os.listdir(Path(prompts).parent) if Path(prompts).parent.is_dir() else [])
+        raise FileNotFoundError(f"sample.prompts={prompts!r} is no file{near}")
     found = [part.strip() for part in prompts.split("||")]
     for number, prompt in enumerate(found, 1):
         if not prompt:
@@ -121,20 +145,21 @@ def read_prompts(prompts: str) -> list[str]:
     return found
 
 
-def check_runs(workdirs: list[Path], sample: ConfigDict, prompts: list[str]) -> None:
-    """Raises ValueError, naming the run, where the size of `sample` does not fit its model, a prompt is none for its text model, or
-    that or its VAE is another than in training; FileNotFoundError for what is not there.
+def check_runs(workdirs: list[Path], config: ConfigDict, prompts: list[str], paths: Mapping[str, str]) -> None:
+    """Raises ValueError, naming the run, where `config` asks for what its model cannot do (`check_use`), a prompt is none for its text
+    model, or that or its VAE is another than in training; FileNotFoundError for what is not there.
 
     The first run's own parts are looked at when it is loaded, which is before it makes anything.
     """
     for number, folder in enumerate(workdirs):
-        config = ConfigDict(runs.read_config(folder))
+        run = runs.config_at(folder, {} if number else paths)
         try:
-            check_size(config, sample)
+            check_use(config.sample, config.model, run)
             if number:
-                _check_beside(config.model, folder, prompts)
+                _check_beside(run.model, folder, prompts)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{folder}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{folder}: {error}") from error
 
 
 def _check_beside(model: ConfigDict, folder: Path, prompts: list[str]) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rise_jax import rephrase
-from rise_jax.data.sources import Text
+from rise_jax.data.sources import Text, TooLong
 from rise_jax.models.llm import make_llm
 from rise_jax.sharding import batch_ways, put_parameters, put_rows, replicated
-from rise_jax.text import Instruction, Prompter, left_pad, right_pad
+from rise_jax.text import Instruction, Prompter, bare_prompt_ids, left_pad, right_pad
 from rise_jax.utf8 import read_utf8
 from rise_jax.weights import load_llm
 
@@ -112,13 +112,20 @@ class Language:
         ids = np.asarray(self.prompter.prefix_ids, np.int32)
         return jax.jit(partial(rephrase.encode_prefix, self.llm), **gathered(self.mesh))(self.params, ids)
 
+    def check(self, text: Text) -> None:
+        """Raises ValueError for a prompt or a given rephrasing over its budget."""
+        bare_prompt_ids(self.prompter.tokenizer, text.prompt, self.prompter.max_prompt)
+        if text.rephrased is not None:
+            self.pair(text)
+
     def pair(self, text: Text) -> Pair:
         """A text whose rephrasing is given. Raises ValueError when that has more tokens than `max_new`."""
         ids = self.prompter.rephrased_ids(text.rephrased)
         if len(ids) > self.max_new:
-            raise ValueError(
+            raise TooLong(
                 f"a rephrased caption has {len(ids)} tokens, model.llm.max_new={self.max_new} is the limit; "
-                f"raise it to {len(ids)} or shorten the caption: {text.rephrased[:80]!r} ..."
+                f"raise it to {len(ids)} or shorten the caption: {text.rephrased[:80]!r} ...",
+                len(ids),
             )
         return Pair(text.prompt, ids)
 

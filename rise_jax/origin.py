@@ -9,7 +9,17 @@ from rise_jax import published
 from rise_jax.build import model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.language import states_in_batch
-from rise_jax.runs import FILE, RANDOM, check_fit, check_heard, read_config, refuse_random
+from rise_jax.runs import (
+    FILE,
+    NULL,
+    RANDOM,
+    check_fit,
+    check_heard,
+    check_vae,
+    read_config,
+    refuse_random,
+    replaces_null,
+)
 from rise_jax.trees import named_leaves, partition
 
 LOG = logging.getLogger(__name__)
@@ -51,10 +61,12 @@ def parameters_of(origin: Path, d_llm: int) -> dict:
     return model_from(ConfigDict(read_config(origin)["model"]), d_llm, states_in_batch).abstract
 
 
-def check_parts(config: ConfigDict, abstract: dict, theirs: dict) -> None:
-    """Raises ValueError where `theirs`, the abstract parameters of the run to start from ({} without one), are not those of `config`,
+def check_parts(config: ConfigDict, abstract: dict, theirs: dict, origin: Path | None) -> None:
+    """Raises ValueError where `theirs`, the abstract parameters of the run in `origin` ({} without one), are not those of `config`,
     which are `abstract`; or where some that are not trained would be random."""
     names, own = named_leaves(abstract), named_leaves(theirs)
+    if origin and replaces_null(ConfigDict(read_config(origin)["model"]), config.model):
+        own.pop(NULL, None)
     filed = published.held(config.model, names)
     if own:
         check_fit(own, names, filed)
@@ -80,6 +92,28 @@ def check_states(origin: Path, llm: dict, who: str = "run.init_from") -> dict:
             f"{origin / 'frozen'} is missing: {len(kept)} frozen parameters of that run were kept there"
         )
     return meta
+
+
+def check_backbone(origin: Path, meta: dict, model: ConfigDict, vae: dict | None) -> None:
+    """What else a run with such a `model` group goes on with, of the run in `origin`, whose `meta` this is; `vae`: the identity of its
+    VAE, None where its files are not here.
+
+    Raises ValueError for another VAE, or where the output of the DiT meant something else. Warns of a setting that does nothing.
+    """
+    if vae is not None:
+        check_vae("run.init_from", meta["vae"], vae)
+    theirs = read_config(origin)["model"]["prediction"]
+    if theirs != model.prediction:
+        raise ValueError(
+            f"model.prediction={model.prediction!r}, but {origin} was trained to predict {theirs!r}; nearest: {theirs}"
+        )
+    if model.calibrate:
+        LOG.warning("model.calibrate=%s is not looked at: the adapter is that of %s", model.calibrate, origin)
+
+
+def asks_for_null(origin: Path | None, model: ConfigDict) -> bool:
+    """Whether a new run's null condition is not that of the run in `origin`."""
+    return origin is None or replaces_null(ConfigDict(read_config(origin)["model"]), model)
 
 
 def _default_workdir(stage: str, preset: str) -> Path:

@@ -23,9 +23,10 @@ from rise_jax.condition_kinds import Condition
 from rise_jax.exported import read_export
 from rise_jax.language import Rephrasings, gathered
 from rise_jax.models.attention import Backend
+from rise_jax.origin import check_states
 from rise_jax.published import load_vae, open_vae
 from rise_jax.sharding import batch_ways, put_parameters, put_rows, shardings
-from rise_jax.validate import check_clip, sample_faults
+from rise_jax.validate import check_clip, clip_size, sample_faults
 from rise_jax.video import to_uint8
 
 LOG = logging.getLogger(__name__)
@@ -58,13 +59,23 @@ class Pipeline:
         self._sample = jax.jit(partial(make_videos, model), static_argnames=("shape", "stepper"), **gathered(mesh))
 
     @classmethod
-    def from_run(cls, workdir: str | Path, *, mesh: Mesh | None = None, backend: Backend | None = None) -> "Pipeline":
+    def from_run(
+        cls,
+        workdir: str | Path,
+        *,
+        paths: Mapping[str, str] | None = None,
+        mesh: Mesh | None = None,
+        backend: Backend | None = None,
+    ) -> "Pipeline":
         """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none.
+
+        `paths` says where files of the model lie that were elsewhere in training, such as {"llm": "/models/Qwen3-0.6B"}; its keys
+        are among `runs.PARTS`. ValueError where they are others.
 
         `mesh` (sharding.make_mesh) spreads parameters and videos over devices; `backend` of attention is by default this
         platform's. Neither has to be that of training.
         """
-        run, language, vae = open_run(Path(workdir), mesh, backend)
+        run, language, vae = open_run(Path(workdir), paths or {}, mesh, backend)
         return cls(run.model, run.params, vae, language, run.config, mesh)
 
     @classmethod
@@ -183,8 +194,8 @@ def settled(sample: ConfigDict, given: Mapping[str, Any]) -> ConfigDict:
 
 
 def check_size(config: ConfigDict, sample: ConfigDict) -> tuple[int, int, int]:
-    """(frames, height, width) of a `sample` group. Raises ValueError where they do not fit the model of a run's config."""
-    size = sample.frames, sample.height, sample.width
+    """(frames, height, width) of a `sample` group (see `clip_size`). ValueError where they do not fit the model of a run's config."""
+    size = clip_size(sample, config.data)
     faults = check_clip(*size, config.model.dit.patch, open_vae(config.model.vae.path), "sample")
     if faults:
         raise ValueError("; ".join(faults))
@@ -192,19 +203,20 @@ def check_size(config: ConfigDict, sample: ConfigDict) -> tuple[int, int, int]:
 
 
 def open_run(
-    workdir: Path, mesh: Mesh | None = None, backend: Backend | None = None
+    workdir: Path, paths: Mapping[str, str], mesh: Mesh | None = None, backend: Backend | None = None
 ) -> tuple[runs.Run, Condition, dict]:
-    """(run, its LLM, its VAE's parameters), spread over the mesh, or on one device.
+    """(run, its LLM, its VAE's parameters), spread over the mesh, or on one device; `paths` as in Pipeline.from_run.
 
     FileNotFoundError where there is no run, ValueError when LLM or VAE are others now.
     """
-    config = ConfigDict(runs.read_config(workdir))
+    config = runs.config_at(workdir, paths)
+    runs.check_run(workdir)
     place = mesh and partial(shardings, mesh=mesh)
     language = language_from(config.model, mesh=mesh)
-    run = runs.read_run(workdir, language.width, place, backend or Backend.here())
-    runs.check_heard(str(workdir), run.meta["llm"], language.identity)
+    meta = check_states(workdir, language.identity, str(workdir))
+    run = runs.read_run(workdir, language.width, place, backend or Backend.here(), paths)
     vae, identity = load_vae(config.model.vae.path, place)
-    runs.check_vae(str(workdir), run.meta["vae"], identity)
+    runs.check_vae(str(workdir), meta["vae"], identity)
     return run, language, vae
 
 

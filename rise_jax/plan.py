@@ -17,7 +17,7 @@ from rise_jax import known_sizes, memory, sampler
 from rise_jax.build import Model
 from rise_jax.flops import count_flops, step_flops
 from rise_jax.models.attention import Backend
-from rise_jax.origin import check_parts, check_start, check_states
+from rise_jax.origin import asks_for_null, check_backbone, check_parts, check_start, check_states
 from rise_jax.outline import (
     Outline,
     drawn,
@@ -28,12 +28,12 @@ from rise_jax.outline import (
     text_identity,
 )
 from rise_jax.pipeline import make_videos
-from rise_jax.published import CAPTIONS, check_files
+from rise_jax.published import CAPTIONS, PIXELS, check_files, vae_identity
 from rise_jax.runs import check_run, has_begun, read_config
 from rise_jax.sharding import bytes_per_device, check_batch, planned_mesh
 from rise_jax.step import sample_losses
 from rise_jax.trees import combine
-from rise_jax.validate import validate
+from rise_jax.validate import clip_size, validate
 
 GIB, TERA, MILLION = 2**30, 1e12, 1e6
 
@@ -72,12 +72,13 @@ def plan(config: ConfigDict, workdir: Path) -> int:
     origin = None if begun else check_start(config.run.init_from, config.run.preset)
     if origin:
         check_run(origin)
-    outlined = checked_outline(config)
+    outlined = checked_outline(config, begun, origin)
     if origin:
-        check_states(origin, text_identity(config.model))
+        meta, vae = check_states(origin, text_identity(config.model)), config.model.vae.path
+        check_backbone(origin, meta, config.model, vae_identity(vae) if vae == PIXELS or Path(vae).exists() else None)
     if not begun:
         theirs = parameters_of(ConfigDict(read_config(origin)["model"]), outlined.text.width) if origin else {}
-        check_parts(config, outlined.model.abstract, theirs)
+        check_parts(config, outlined.model.abstract, theirs, origin)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     heads = config.model.dit.heads
     Backend(sequence=config.model.sequence).route(heads, mesh.shape["context"], mesh.shape["tensor"])
@@ -85,8 +86,11 @@ def plan(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
-def checked_outline(config: ConfigDict) -> Outline:
-    """The outline of a config that `validate` and `check_files` accept; published files that are not here cannot contradict it."""
+def checked_outline(config: ConfigDict, begun: bool = False, origin: Path | None = None) -> Outline:
+    """The outline of a config that `validate` and `check_files` accept; published files that are not here cannot contradict it.
+
+    `begun`: whether the run has a checkpoint; `origin`: the run that it starts from.
+    """
     model = config.model
     published = [model.dit.path, model.vae.path, model.native.path]
     published += [model.null] if model.null.endswith(".safetensors") else []
@@ -95,7 +99,7 @@ def checked_outline(config: ConfigDict) -> Outline:
     if model.dit.path in absent:
         here.model.dit.path = ""
     validate(here, known_sizes.vae_sizes(model.vae.path)[0])
-    check_files(model, absent)
+    check_files(model, absent, null=not begun and asks_for_null(origin, model), calibrate=not (begun or origin))
     return outline(config)
 
 
@@ -239,7 +243,7 @@ def describe(config: ConfigDict, mesh: AbstractMesh, outlined: Outline, made: Pl
     run, sample, data = config.run, config.sample, config.data
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     filled = [f"; mesh.{name}=-1 counts as 1" for name, size in config.mesh.items() if size == -1]
-    clip, video = (f"{group.frames}x{group.height}x{group.width}" for group in (data, sample))
+    clip, video = ("x".join(map(str, size)) for size in (clip_size(data, data), clip_size(sample, data)))
     parts = f"batch {run.batch_size} of {clip} in {run.accumulate} part(s), remat {config.model.dit.remat}"
     blocks = {
         f"{run.stage}, preset {run.preset}; mesh {axes}: {mesh.size} device(s){''.join(filled)}": [],
@@ -278,7 +282,7 @@ def _flop_lines(parts: dict[str, int]) -> list[str]:
 
 
 def _latent_shape(config: ConfigDict, model: Model) -> tuple[int, ...]:
-    return model.latent_shape((config.sample.frames, config.sample.height, config.sample.width))
+    return model.latent_shape(clip_size(config.sample, config.data))
 
 
 def _count(tree: Any) -> int:

@@ -104,10 +104,11 @@ def _checked_dit(model: ConfigDict, abstract: dict) -> tuple[dict, dict, TensorF
     return whole, table, folder
 
 
-def check_files(model: ConfigDict, absent: Collection[str] = ()) -> None:
+def check_files(model: ConfigDict, absent: Collection[str] = (), *, null: bool = True, calibrate: bool = True) -> None:
     """What `model` needs of published files at the start, found out from their headers, before the LLM is loaded and works for hours.
 
-    Paths in `absent` are passed over: where a run is only planned, they need not be there.
+    Paths in `absent` are passed over: where a run is only planned, they need not be there. `null`, `calibrate`: whether the run has
+    yet to ask the native encoder for what these settings say; later it is kept.
 
     Raises FileNotFoundError for a native encoder or its tokenizer, a null condition or a file of captions that is not there,
     ValueError for a DiT, a VAE or an encoder whose tensors are not those of the model, all listed, and for a caption over
@@ -117,11 +118,12 @@ def check_files(model: ConfigDict, absent: Collection[str] = ()) -> None:
         checked_wan(model.dit.path)
     if model.vae.path != PIXELS and model.vae.path not in absent:
         checked_wan_vae(model.vae.path)
-    if (NATIVE in (model.null, model.condition) or model.calibrate) and model.native.path not in absent:
+    asks = (null and model.null == NATIVE) or (calibrate and model.calibrate)
+    if (asks or model.condition == NATIVE) and model.native.path not in absent:
         _check_native(model)
     if model.null not in (LEARNED, NATIVE, *absent):
         load_null(model)
-    if model.calibrate:
+    if calibrate and model.calibrate:
         _captions(model)
 
 

@@ -5,10 +5,13 @@ states.npz and captions.jsonl (conditions.py), metrics.jsonl, summary.json.
 """
 
 import json
+import logging
+import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -24,8 +27,12 @@ from rise_jax.processes import is_first, meet
 from rise_jax.sharding import put
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
+from rise_jax.workdir import flattened, may_differ
 
+LOG = logging.getLogger(__name__)
 RANDOM, FILE = "random", "file "
+NULL = "null/embedding"  # the leaf of a null condition that is not learned
+PARTS = ("llm", "dit", "vae", "native")  # groups of a config's model with a path to files
 GROUPS = ("model", "data", "optim", "sample", "run")  # of a run's config
 
 
@@ -64,6 +71,36 @@ def read_config(workdir: Path) -> dict:
     return config
 
 
+def config_at(workdir: Path, paths: Mapping[str, str]) -> ConfigDict:
+    """A run's config, `paths` = {one of PARTS: where its files lie now} applied. Raises as `read_config` does; ValueError for another
+    part."""
+    config = ConfigDict(read_config(workdir))
+    for part, path in paths.items():
+        if part not in PARTS:
+            raise ValueError(f"paths names {part!r}; files belong to {', '.join(PARTS)}")
+        config.model[part].path = str(path)
+    return config
+
+
+def typed_paths(workdir: Path, typed: Mapping[str, Any]) -> dict[str, str]:
+    """Of the settings {dotted key: value} that were typed for a mode that uses a run: where its files lie, as for `config_at`.
+
+    What the run computes stays as it was trained: raises ValueError listing each key typed with another value than the run's.
+    """
+    config = ConfigDict(read_config(workdir))
+    own = {key: json.dumps(value) for key, value in flattened(config.to_dict()).items()}
+    paths = {part: typed[f"model.{part}.path"] for part in PARTS if f"model.{part}.path" in typed}
+    used = {key: value for key, value in typed.items() if key.startswith(("model.", "data."))}
+    pairs = {key: (own.get(key, "absent"), json.dumps(value)) for key, value in used.items()}
+    wrong = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not may_differ(key, *pair)}
+    if wrong:
+        lines = "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in wrong.items())
+        raise ValueError(
+            f"{workdir} was made with another config:\n{lines}\nLeave these out: the run's own values are used."
+        )
+    return paths
+
+
 def has_begun(workdir: Path) -> bool:
     """Whether a folder holds a checkpoint."""
     if not (Path(workdir) / "checkpoints").is_dir():
@@ -81,13 +118,20 @@ def check_run(workdir: Path) -> None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
 
 
-def read_run(workdir: Path, d_llm: int, place: Callable | None = None, backend: Backend = XLA) -> Run:
+def read_run(
+    workdir: Path,
+    d_llm: int,
+    place: Callable | None = None,
+    backend: Backend = XLA,
+    paths: Mapping[str, str] = MappingProxyType({}),
+) -> Run:
     """The newest good checkpoint of a run, which stays as it is; `d_llm` is the width of the LLM it was trained on.
 
-    `place(tree)` gives the shardings of its leaves, None: one device; `backend` is that of the model's attention.
+    `place(tree)` gives the shardings of its leaves, None: one device; `backend` is that of the model's attention; `paths` as in
+    `config_at`.
     Raises FileNotFoundError when there is no checkpoint, ValueError naming every leaf that does not fit.
     """
-    config = ConfigDict(read_config(workdir))
+    config = config_at(workdir, paths)
     place = place or _one_device
     model = model_from(config.model, d_llm, states_in_batch, backend=backend)
     trainable, rest = partition(model.abstract, list(config.model.trainable))
@@ -167,6 +211,9 @@ def initial_parameters(
     leaves, origins = _from_run(source, config, llm, names) if source else ({}, {})
     leaves = {name: put(leaf, targets[name]) for name, leaf in leaves.items()}
     filed, filed_origins = published.load_leaves(config.model, model.abstract, names.keys() - leaves.keys(), place)
+    before = source.meta["provenance"] if source else filed_origins
+    if other := {name.split("/")[0] for name, origin in filed_origins.items() if before.get(name, origin) != origin}:
+        LOG.warning("run.init_from was trained on other files of: %s", ", ".join(sorted(other)))
     leaves, origins = leaves | filed, origins | filed_origins
     new = [name for name in names if name not in leaves]
     if new:
@@ -187,10 +234,17 @@ def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[
     """({path: leaf}, {path: origin}) of a run, without what it had from published files itself and this one has too."""
     check_heard("run.init_from", source.meta["llm"], llm)
     own = named_leaves(source.params)
+    if replaces_null(source.config.model, config.model):
+        own.pop(NULL, None)
     check_fit(own, names, published.held(config.model, names))
     again = lambda name: name not in source.trained and source.meta["provenance"][name].startswith(FILE)
     kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.path)}
     return kept, dict.fromkeys(kept, f"run {tree_sha256(source.params)[:12]} step {source.step}")
+
+
+def replaces_null(theirs: ConfigDict, ours: ConfigDict) -> bool:
+    """Whether the fixed null condition of a run with the `model` group `theirs` gives way to what `ours` says."""
+    return theirs.null != ours.null and not any(re.search(pattern, NULL) for pattern in theirs.trainable)
 
 
 def check_fit(own: dict, names: dict, filed: Collection[str] = ()) -> None:

@@ -15,6 +15,7 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+from rise_jax.data.sources import TooLong
 from rise_jax.settings import CHAT_TEMPLATE, check_values
 from rise_jax.tensor_folder import parsed
 from rise_jax.utf8 import read_utf8
@@ -265,8 +266,9 @@ def bare_prompt_ids(tokenizer: Tokenizer, text: str, max_prompt: int) -> list[in
     text = _checked(tokenizer, text, "prompt")
     ids = tokenizer.encode(text)
     if len(ids) > max_prompt:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, at most {max_prompt} are allowed; it is never cut: {text[:80]!r} ..."
+        raise TooLong(
+            f"the prompt has {len(ids)} tokens, at most {max_prompt} are allowed; it is never cut: {text[:80]!r} ...",
+            len(ids),
         )
     return ids
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rise_jax import runs
 from rise_jax.build import backend_from, describe_attention, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
+from rise_jax.condition_kinds import check_texts
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
@@ -24,9 +25,9 @@ from rise_jax.language import states_in_batch
 from rise_jax.loop import batches_on, compile_step, run_steps
 from rise_jax.models.remat import check_remat
 from rise_jax.optim import make_optimizer
-from rise_jax.origin import check_parts, check_states, find_start, parameters_of
+from rise_jax.origin import asks_for_null, check_backbone, check_parts, check_states, find_start, parameters_of
 from rise_jax.processes import Stop, check_agreed, from_first, is_first, meet, with_signal
-from rise_jax.published import check_files, load_vae
+from rise_jax.published import check_files, load_vae, vae_identity
 from rise_jax.report import peak_memory_gib, read_metrics, write_summary
 from rise_jax.sharding import check_batch, describe, make_mesh, process_rows, shardings
 from rise_jax.step import make_train_step
@@ -74,11 +75,12 @@ def _summarised(workdir: Path) -> int:
 
 def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: bool) -> int:
     """A run that has begun does not depend on the folder that it started from."""
-    check_files(config.model)
     origin = None if begun else find_start(config.run.init_from, config.run.preset)
     check_agreed(str(origin), f"run.init_from={config.run.init_from!r}")
     if origin:
         runs.check_run(origin)
+    null = not begun and asks_for_null(origin, config.model)
+    check_files(config.model, null=null, calibrate=not (begun or origin))
     mesh = make_mesh(**config.mesh)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
     check_remat(config.model.dit.get("remat", "none"), jax.local_devices()[0])
@@ -90,14 +92,17 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     states = states_in_batch if config.data.states == "cached" else language.states_in_step
     model = model_from(config.model, width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
-    if not begun:
+    if begun:
+        check_states(workdir, identity, str(workdir))
+    else:
         _check_origin(config, model, origin, language)
+    check_texts(source.texts, language)
     if is_first():
         write_config(workdir, config.to_dict())
     with jax.set_mesh(mesh):
         table, frozen, heard = _conditions(config, workdir, source, language)
         del language  # with cached states, the devices need its parameters no longer
-        frozen["vae"], vae_identity = load_vae(config.model.vae.path, partial(shardings, mesh=mesh))
+        frozen["vae"], vae = load_vae(config.model.vae.path, partial(shardings, mesh=mesh))
         optimizer = make_optimizer(
             config.optim.learning_rate,
             config.optim.warmup,
@@ -114,7 +119,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
             checkpoints,
             model,
             optimizer,
-            {"llm": identity, "vae": vae_identity},
+            {"llm": identity, "vae": vae},
             heard,
             origin,
             mesh,
@@ -155,8 +160,9 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
 
 def _check_origin(config, model, origin, language) -> None:
     if origin:
-        check_states(origin, language.identity)
-    check_parts(config, model.abstract, parameters_of(origin, language.width) if origin else {})
+        meta = check_states(origin, language.identity)
+        check_backbone(origin, meta, config.model, vae_identity(config.model.vae.path))
+    check_parts(config, model.abstract, parameters_of(origin, language.width) if origin else {}, origin)
 
 
 def _ready(config, mesh, plain, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:
@@ -207,7 +213,6 @@ def _state(config, workdir, checkpoints, model, optimizer, identities, heard, or
         if step > config.run.steps:
             raise ValueError(f"run.steps={config.run.steps}: {workdir} is at step {step} already; nearest: {step}")
         LOG.info("continuing %s at step %d", workdir, step)
-        runs.check_heard(str(workdir), meta["llm"], identities["llm"])
         runs.check_vae(str(workdir), meta["vae"], identities["vae"])
         frozen = runs.read_frozen(workdir, config.model, rest, model.abstract, meta["provenance"], place)
         return step, state, frozen, meta

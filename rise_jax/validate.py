@@ -31,10 +31,26 @@ def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
     if faults := [*_counts(config.model)]:  # nothing else can be worked out with these
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
     faults = [*_choices(config), *_sampling(config.sample), *_ranges(config), *_run_parts(config.run)]
-    faults += [*_schedule(config.optim), *_attention(config.model), *_patterns(config.model.trainable)]
-    faults += [*_model_sizes(config.model, vae), *_clip_sizes(config, vae)]
+    faults += [*_schedule(config.optim), *_backends(config.model), *_patterns(config.model.trainable)]
+    faults += [*_model_sizes(config.model, vae), *_calibration(config.model), *_clip_sizes(config, vae)]
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def check_use(sample: ConfigDict, attention: ConfigDict, run: ConfigDict) -> None:
+    """Raises one ValueError that lists every fault of a `sample` group, and of the attention back ends in a `model` group, for the
+    model of a run's config."""
+    model = run.model.copy_and_resolve_references()
+    model.update(attention=attention.attention, sequence=attention.sequence)
+    size, vae = clip_size(sample, run.data), open_vae(model.vae.path)
+    faults = [*sample_faults(sample), *_backends(model), *check_clip(*size, model.dit.patch, vae, "sample")]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def clip_size(sample: ConfigDict, data: ConfigDict) -> tuple[int, int, int]:
+    """(frames, height, width) of videos that are made: where `sample` says 0, those of the clips that were trained on."""
+    return tuple(sample[name] or data[name] for name in ("frames", "height", "width"))
 
 
 def sample_faults(sample: ConfigDict) -> list[str]:
@@ -86,14 +102,17 @@ def _patterns(trainable: Iterable) -> Iterable[str]:
             yield f"model.trainable={pattern!r} is no pattern ({error}); nearest: '^adapter/'"
 
 
+def _calibration(model: ConfigDict) -> Iterable[str]:
+    if model.calibrate and model.adapter.kind == "identity":
+        yield f"model.calibrate={model.calibrate!r}: the adapter 'identity' has no output to calibrate; nearest: ''"
+
+
 def _choices(config: ConfigDict) -> Iterable[str]:
     choices = {
         "model.condition": (config.model.condition, CONDITIONS),
         "model.adapter.kind": (config.model.adapter.kind, KINDS),
         "model.adapter.time_cond": (config.model.adapter.time_cond, TIME_CONDS),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
-        "model.attention": (config.model.attention, NAMES),
-        "model.sequence": (config.model.sequence, SEQUENCES),
         "model.llm.dtype": (config.model.llm.dtype, ("float32", "bfloat16")),
         "model.vae.dtype": (config.model.vae.get("dtype", "float32"), ("float32", "bfloat16")),
         "model.native.dtype": (config.model.native.dtype, ("float32", "bfloat16")),
@@ -225,7 +244,9 @@ def _model_sizes(model: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
         )
 
 
-def _attention(model: ConfigDict) -> Iterable[str]:
+def _backends(model: ConfigDict) -> Iterable[str]:
+    yield from _choice("model.attention", model.attention, NAMES)
+    yield from _choice("model.sequence", model.sequence, SEQUENCES)
     parts = {"dit": model.dit} | ({"adapter": model.adapter} if model.adapter.kind in ("refiner", "resampler") else {})
     for name, part in parts.items():
         reason = cudnn_obstacle(model.dtype, part.width // part.heads) if model.attention == "cudnn" else None
@@ -234,8 +255,10 @@ def _attention(model: ConfigDict) -> Iterable[str]:
 
 
 def _clip_sizes(config: ConfigDict, vae: Pixels | WanVAE) -> Iterable[str]:
-    for where, group in (("data", config.data), ("sample", config.sample)):
-        size = group.frames, group.height, group.width
+    sizes = {"data": tuple(config.data[name] for name in ("frames", "height", "width"))}
+    if (size := clip_size(config.sample, config.data)) != sizes["data"]:
+        sizes["sample"] = size
+    for where, size in sizes.items():
         yield from check_clip(*size, config.model.dit.patch, vae, where)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from rise_jax.data.sources import TooLong
 from rise_jax.models.t5 import T5Config, make_t5
 from rise_jax.placement import Place, check, stream
 from rise_jax.settings import (
@@ -26,7 +27,7 @@ from rise_jax.settings import (
     raise_faults,
     whole,
 )
-from rise_jax.tensor_folder import AGAIN, TensorFolder
+from rise_jax.tensor_folder import AGAIN, TensorFolder, not_default, sha256_of
 from rise_jax.text import Tokenizer, right_pad
 from rise_jax.trees import named_leaves
 
@@ -81,13 +82,27 @@ FREE = COMMON | {
 }
 
 
+class EncoderFolder(TensorFolder):
+    """An encoder's weights. `given` is the path that was asked for: the tokenizer may lie beside them or in the pipeline around."""
+
+    def __init__(self, given: Path):
+        inner = given / "text_encoder"
+        super().__init__(inner if inner.is_dir() else given, "model")
+        self.given = given
+
+    def sha256(self) -> str:
+        """Over all that states depend on: weight files, tokenizer.json, and what is used of config.json."""
+        files = [*self.files, _tokenizer_file(self.given, self)]
+        return sha256_of(files, {"config": not_default(t5_config(self)), "eos": _ends(self)})
+
+
 class LoadedT5(NamedTuple):
     """An encoder as read from disk: `params` for `make_t5(config, dtype)`, `source` the folder of its weights."""
 
     config: T5Config
     params: dict
     tokenizer: Tokenizer
-    source: TensorFolder
+    source: EncoderFolder
 
 
 def load_t5(path: Path | str, dtype: Any = jnp.float32, place: Any = None) -> LoadedT5:
@@ -107,7 +122,7 @@ def load_t5(path: Path | str, dtype: Any = jnp.float32, place: Any = None) -> Lo
     return LoadedT5(config, stream(abstract, table, folder, place and place(abstract)), tokenizer, folder)
 
 
-def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, dict, dict, TensorFolder, Tokenizer]:
+def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, dict, dict, EncoderFolder, Tokenizer]:
     """(sizes, abstract leaves, table, folder, tokenizer) of what `load_t5` loads, from the files' headers, with the same errors."""
     folder = encoder_folder(path)
     config = t5_config(folder)
@@ -119,10 +134,9 @@ def checked_t5(path: Path | str, dtype: Any = jnp.float32) -> tuple[T5Config, di
     return config, abstract, table, folder, t5_tokenizer(path, folder)
 
 
-def encoder_folder(path: Path | str) -> TensorFolder:
+def encoder_folder(path: Path | str) -> EncoderFolder:
     """The encoder's folder: `path` itself, or the text_encoder/ in it."""
-    path = Path(path)
-    return TensorFolder(path / "text_encoder" if (path / "text_encoder").is_dir() else path, "model")
+    return EncoderFolder(Path(path))
 
 
 def text_ids(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,9 +151,10 @@ def text_ids(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[n
     rows = [[*tokenizer.encode(text), tokenizer.eos[0]] for text in clean]
     for text, row in zip(texts, rows):
         if len(row) > length:
-            raise ValueError(
+            raise TooLong(
                 f"a text has {len(row)} tokens with its end token, the encoder's limit is {length}; "
-                f"shorten it: {text[:80]!r} ..."
+                f"shorten it: {text[:80]!r} ...",
+                len(row),
             )
     return right_pad(rows, length, tokenizer.pad)
 
@@ -186,20 +201,29 @@ def t5_config(folder: TensorFolder) -> T5Config:
 def t5_tokenizer(path: Path | str, folder: TensorFolder) -> Tokenizer:
     """Of the encoder at `path` with the weights in `folder`: the tokenizer.json beside them, or in tokenizer/ of the pipeline they
     belong to. FileNotFoundError where there is none, ValueError for one that cannot be read."""
-    path = Path(path)
-    places = [folder.path, path / "tokenizer", path.parent / "tokenizer"]
-    files = [place / "tokenizer.json" for place in places]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"no tokenizer.json in {', '.join(str(place) for place in places)}")
+    found = _tokenizer_file(Path(path), folder)
     try:
         backend = tokenizers.Tokenizer.from_file(str(found))
     except Exception as error:  # the library raises no other
         raise ValueError(f"{found} cannot be read as a tokenizer ({error}); {AGAIN}") from error
     given = {key: value for key, value in folder.settings.items() if value is not None}
     _check_vocabulary(backend, given["vocab_size"], found)
-    eos = given.get("eos_token_id", 1)
-    return Tokenizer(backend, tuple(eos) if isinstance(eos, list) else (eos,), given.get("pad_token_id", 0))
+    return Tokenizer(backend, _ends(folder), given.get("pad_token_id", 0))
+
+
+def _tokenizer_file(path: Path, folder: TensorFolder) -> Path:
+    places = [folder.path, path / "tokenizer", path.parent / "tokenizer"]
+    files = [place / "tokenizer.json" for place in places]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"no tokenizer.json in {', '.join(str(place) for place in places)}")
+    return found
+
+
+def _ends(folder: TensorFolder) -> tuple[int, ...]:
+    eos = folder.settings.get("eos_token_id")
+    eos = 1 if eos is None else eos
+    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def _check_vocabulary(backend: tokenizers.Tokenizer, count: int, file: Path) -> None:

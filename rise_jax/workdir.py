@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 # Keys that may differ between the starts of one run: they change how long or where it runs, not what it computes.
-FREE = r"^(run\.(steps|accumulate|save_every|keep|profile)|model\.(attention|sequence|dit\.remat)|mesh\..*|sample\..*|data\.workers)$"
+FREE = r"""(?x)^( run\.(steps|accumulate|save_every|keep|profile) | model\.(attention|sequence|dit\.remat)
+| mesh\..* | sample\..* | data\.(workers|max_bad) )$"""
+# Where the same files lie, which their hashes or the checkpoint hold to.
+PATHS = r"^model\.(llm|dit|vae|native)\.path$"
 
 
 @contextmanager
@@ -91,7 +94,7 @@ def _remove_unused(workdir: Path) -> None:
 def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Compares with the `config.json` of a workdir that has one, see `write_config`.
 
-    Raises ValueError listing each differing key as 'key: was -> now', unless all of them are free (see FREE). `config` holds JSON
+    Raises ValueError listing each differing key as 'key: was -> now', unless all of them are free (`may_differ`). `config` holds JSON
     values only, nested.
     """
     path = Path(workdir) / "config.json"
@@ -102,12 +105,17 @@ def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); remove it if this workdir is to start anew") from error
         differences = config_differences(was, now)
-        fixed = {key: pair for key, pair in differences.items() if not re.search(FREE, key)}
+        fixed = {key: pair for key, pair in differences.items() if not may_differ(key, *pair)}
         if fixed:
             lines = "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in fixed.items())
             raise ValueError(
                 f"workdir {workdir} was made with another config:\n{lines}\nUse these values or another --workdir."
             )
+
+
+def may_differ(key: str, was: str, now: str) -> bool:
+    """Whether the value (JSON) of a key may be another one in a later start of a run; files may be moved, not added or dropped."""
+    return bool(re.search(FREE, key) or (re.search(PATHS, key) and '""' not in (was, now)))
 
 
 def write_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
@@ -117,7 +125,7 @@ def write_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
 
 def config_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """{dotted key: (JSON before, JSON now)} of every leaf that differs; 'absent' where one side has none."""
-    first, second = _flatten(was), _flatten(now)
+    first, second = ({key: json.dumps(value) for key, value in flattened(tree).items()} for tree in (was, now))
     pairs = {key: (first.get(key, "absent"), second.get(key, "absent")) for key in sorted({*first, *second})}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -136,9 +144,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of a nested config."""
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat.update(_flatten(value, name + ".") if isinstance(value, Mapping) else {name: json.dumps(value)})
+        flat.update(flattened(value, name + ".") if isinstance(value, Mapping) else {name: value})
     return flat

@@ -131,7 +131,7 @@ def test_generate_writes_videos_texts_and_a_sheet(llm, stage2_run):
     assert [record["prompt"] for record in records] == ["a red circle", "un cuadrado azul"]
     assert [record["seed"] for record in records] == [0, 1] and all("rephrased" in record for record in records)
     with av.open(str(folder / "000.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) == config.sample.frames == 9
+        assert sum(1 for _ in video.decode(video=0)) == config.data.frames == 9
     assert Image.open(folder / "contact_sheet.png").width > 300
 
 
@@ -153,7 +153,7 @@ def test_another_config_in_the_same_workdir_is_refused(llm, stage1_run):
 
 def test_a_mistake_is_answered_with_words(llm, tmp_path):
     output = run(1, llm, tmp_path / "run", "--config.run.stpes=3", expect=1)
-    assert 'no such config key: Did you mean "steps" instead of "stpes"?' in output
+    assert "no such config key: run.stpes; nearest: run.steps; run has accumulate, " in output
     assert output.startswith("error: ") and "Traceback" not in output
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -169,6 +169,21 @@ def test_a_mistake_in_the_config_file_is_told_in_a_line(monkeypatch):
     with pytest.raises(SystemExit, match="^error: .*unknown preset 'tinyy': did you mean 'tiny'?") as told:
         main.parse(words)
     assert "Traceback" not in told.value.code
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("optim.lr=1", r"optim.lr; nearest: optim\.\w+; optim has b2, clip, decay_from, .*, learning_rate, "),
+        ("optimizer.lr=1", "optimizer; nearest: optim; there has data, mesh, model, optim, run, sample"),
+        ("model.dit.width.x=1", "model.dit.width.x; nothing is below model.dit.width"),
+    ],
+)
+def test_a_key_that_is_not_there_is_answered_with_what_is(monkeypatch, key, told):
+    words = ["main.py", f"--config={ROOT}/configs/stage1.py:tiny", f"--config.{key}"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=f"^error: no such config key: {told}"):
+        main.parse(words)
 
 
 @pytest.mark.parametrize(

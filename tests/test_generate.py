@@ -34,6 +34,13 @@ def test_a_text_longer_than_any_file_name_is_a_text():
     assert read_prompts("a cat " * 100) == [("a cat " * 100).strip()]
 
 
+def test_a_name_of_a_file_that_is_not_there_is_no_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    with pytest.raises(FileNotFoundError, match=r"promts.txt' is no file \(nearest: prompts.txt\)"):
+        read_prompts(str(tmp_path / "promts.txt"))
+    assert read_prompts("a page that says prompts.txt") == ["a page that says prompts.txt"]
+
+
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(ValueError, match="no prompt given"):

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import demo
-from rise_jax.validate import validate
+from rise_jax.validate import clip_size, validate
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -118,4 +118,5 @@ def test_the_demos_commands_are_valid(stage, words, monkeypatch):
     config_flags.DEFINE_config_file("config", str(ROOT / f"configs/stage{stage}.py"), flag_values=values)
     values(words)
     validate(values.config)
-    assert (values.config.data.height, values.config.sample.height) == (16, 16)
+    made = clip_size(values.config.sample, values.config.data)
+    assert made == tuple(values.config.data[name] for name in ("frames", "height", "width"))

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from encoders import write_umt5
+from folders import write_metadata
 from tiny import tiny_config, write_llm
 from written import write_run
 
@@ -180,3 +181,46 @@ def test_a_config_of_something_else_is_none_of_a_run(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="holds no run: its config.json is that of something else"):
         runs.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("vae", "run.init_from was trained on another VAE: {'sha256': 'c0de'} then, {} now"),
+        ("prediction", "model.prediction='data', but .*origin was trained to predict 'velocity'; nearest: velocity"),
+    ],
+)
+def test_what_the_backbone_goes_on_with_is_that_of_the_run(folder, tmp_path, part, told):
+    shutil.copytree(folder / "run", tmp_path / "origin")
+    config = json.loads((tmp_path / "origin" / "config.json").read_text())
+    meta = tmp_path / "origin" / "checkpoints" / "1" / "meta" / "metadata"
+    if part == "vae":
+        meta.write_text(meta.read_text().replace('"vae": {}', '"vae": {"sha256": "c0de"}'))
+    config["model"]["prediction"] = "velocity" if part == "prediction" else "data"
+    (tmp_path / "origin" / "config.json").write_text(json.dumps(config))
+    changed = config_of(folder, run__init_from=str(tmp_path / "origin"))
+    with pytest.raises(ValueError, match=told):
+        plan(changed, tmp_path / "run")
+    refused(changed, tmp_path / "run", told)
+
+
+def test_captions_for_calibration_are_not_asked_for_where_the_adapter_is_anothers(folder, tmp_path, caplog):
+    config = config_of(folder, run__init_from=str(folder / "run"), model__calibrate="/nowhere.txt")
+    assert plan(config, tmp_path / "run") == 0
+    assert "model.calibrate=/nowhere.txt is not looked at: the adapter is that of" in caplog.text
+
+
+def test_texts_over_their_budget_are_told_together_before_the_llm_writes(folder, tmp_path):
+    """A token is a byte here; the longest counts."""
+    rows = [{"file_name": f"{n}.mp4", "prompt": "a" * 5, "split": "train"} for n in range(4)]
+    for n, length in ((1, 200), (2, 230)):
+        rows[n]["rephrased"] = "b" * length
+    rows[3]["prompt"] = "c" * 170
+    write_metadata(tmp_path / "clips", rows)
+    for row in rows:
+        (tmp_path / "clips" / row["file_name"]).touch()
+    config = config_of(folder, data__source="folder", data__path=str(tmp_path / "clips"))
+    told = (
+        "3 of 4 texts are too long; the longest: a rephrased caption has 230 tokens, model.llm.max_new=160 is the limit"
+    )
+    refused(config, tmp_path / "run", told)

@@ -45,7 +45,7 @@ SMALL = dict(
     model__dit=dict(width=48, mlp_width=96, heads=2, depth=2, patch=(1, 4, 4), text_len=TEXT_LEN, unroll=False),
     model__llm=dict(max_prompt=PROMPT, max_new=NEW),
     data=dict(source="folder", height=SIZE, width=SIZE),
-    sample=dict(height=SIZE, width=SIZE, steps=4, batch_size=2),
+    sample=dict(steps=4, batch_size=2),
     run=dict(steps=70, batch_size=32, save_every=1000),
     optim=dict(kind="adamw", learning_rate=4e-3, decay_from=35, decay_until=70, time_mean=2.0),
 )

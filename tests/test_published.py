@@ -17,8 +17,9 @@ from transformers import UMT5EncoderModel
 from rise_jax import Pipeline
 from rise_jax.build import model_from
 from rise_jax.language import states_in_batch
+from rise_jax.origin import check_parts
 from rise_jax.published import load_null
-from rise_jax.runs import initial_parameters
+from rise_jax.runs import initial_parameters, read_run
 from rise_jax.train import train
 from rise_jax.trees import named_leaves
 from rise_jax.validate import validate
@@ -225,3 +226,41 @@ def test_the_adapters_output_starts_with_the_native_encoders_mean_and_spread(fil
     (tmp_path / "captions.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no caption"):
         train(config, tmp_path / "other")
+
+
+def null_of(config, source):
+    """The null condition that a run with this config starts with from the run `source`."""
+    model = model_from(config.model, source.config.model.adapter.d_ctx, states_in_batch)
+    heard = np.zeros((1, 2, 16), np.float32), np.ones((1, 2), bool)
+    return np.asarray(
+        initial_parameters(model, config, source, source.meta["llm"], heard, on_one_device).tree["null"]["embedding"]
+    )
+
+
+def test_a_native_null_condition_is_asked_for_once_and_gives_way_to_another(files, tmp_path):
+    """What a run keeps of the encoder, its continuation and the next stage need no encoder for."""
+    folder = write_umt5(tmp_path / "t5", width=16)
+    config = config_of(files, model__null="native", run__steps=1)
+    config.model.native.path = str(folder)
+    assert train(config, tmp_path / "run") == 0
+    value = load_null(config.model)[0]
+    shutil.rmtree(folder)
+    config.run.steps = 2
+    assert train(config, tmp_path / "run") == 0
+    source = read_run(tmp_path / "run", 16)
+    np.testing.assert_array_equal(null_of(config, source), value)
+    given = config_of(files, model__null=str(files / "null.safetensors"))
+    expected = safetensors.numpy.load_file(files / "null.safetensors")["null"]
+    assert expected.shape != value.shape
+    np.testing.assert_array_equal(null_of(given, source), expected)
+    check_parts(
+        given, *(model_from(each.model, 16, states_in_batch).abstract for each in (given, config)), tmp_path / "run"
+    )
+
+
+def test_a_start_on_another_file_of_the_backbone_is_told(workdir, files, tmp_path, caplog):
+    null = np.ones((1, 3, 16), np.float32)
+    safetensors.numpy.save_file({"null": null}, tmp_path / "null.safetensors")
+    config = config_of(files, model__null=str(tmp_path / "null.safetensors"))
+    np.testing.assert_array_equal(null_of(config, read_run(workdir, 16)), null)
+    assert "run.init_from was trained on other files of: null" in caplog.text

@@ -97,7 +97,7 @@ def test_it_resumes_from_its_own_folder(left):
 def test_missing_frozen_parameters_are_named(left):
     broken = left.workdir.with_name("broken")
     shutil.copytree(left.workdir, broken, ignore=shutil.ignore_patterns("frozen"))
-    with pytest.raises(FileNotFoundError, match=r"broken/frozen is missing: this run's frozen parameters"):
+    with pytest.raises(FileNotFoundError, match=r"broken/frozen is missing: \d+ frozen parameters of that run"):
         Pipeline.from_run(broken)
 
 

@@ -1,5 +1,7 @@
 """Bad configs: every fault is named with its value and the nearest valid choice, before anything compiles."""
 
+from pathlib import Path
+
 import pytest
 from tiny import tiny_config
 
@@ -176,3 +178,11 @@ def test_conditions_are_one_key_apart(preset, condition):
     config.model.condition = condition
     config.model.dit.path = ""  # a file that is not here
     validate(config, WanVAE() if preset.startswith("wan") else None)
+
+
+def test_an_adapter_without_an_output_norm_cannot_be_calibrated():
+    config = tiny_config(1, Path("llm"), model__adapter__kind="identity", model__adapter__registers=0)
+    config.model.adapter.d_ctx = 16
+    config.model.calibrate = "captions.txt"
+    with pytest.raises(ValueError, match="model.calibrate='captions.txt': the adapter 'identity' has no output"):
+        validate(config)

@@ -31,7 +31,7 @@ def test_the_same_config_and_free_keys_pass(tmp_path):
     claim(tmp_path, CONFIG)
     claim(tmp_path, CONFIG)
     run = {"steps": 20, "keep": 5, "accumulate": 2, "profile": "1:3"}
-    longer = changed(run=run, model={"dit": {"remat": "blocks"}}, mesh={"data": 2}, data={"workers": 4})
+    longer = changed(run=run, model={"dit": {"remat": "blocks"}}, mesh={"data": 2}, data={"workers": 4, "max_bad": 0.2})
     claim(tmp_path, longer)
     claim(tmp_path, longer)
 
@@ -149,3 +149,16 @@ def test_a_workdir_that_cannot_be_made_or_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot use workdir .*/file/run: Not a directory"):
         lock_workdir(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("part", ["llm", "dit", "vae", "native"])
+def test_files_may_be_moved_but_not_added_or_dropped(tmp_path, part):
+    config = lambda path: changed(model={part: {"path": path}})
+    claim(tmp_path, config("here"))
+    claim(tmp_path, config("/there"))
+    with pytest.raises(ValueError, match=f'model.{part}.path: "/there" -> ""'):
+        check_workdir(tmp_path, config(""))
+    (tmp_path / "other").mkdir()
+    claim(tmp_path / "other", config(""))
+    with pytest.raises(ValueError, match=f'model.{part}.path: "" -> "here"'):
+        check_workdir(tmp_path / "other", config("here"))

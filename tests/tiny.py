@@ -27,7 +27,7 @@ INSTRUCTION = (
 )
 
 
-def write_llm(folder: Path, seed: int = 0, ends: bool = False) -> Path:
+def write_llm(folder: Path, seed: int = 0, ends: bool = False, width: int = WIDTH) -> Path:
     """Byte-level Llama with tied embeddings and a chat template; its instruction is in instruction.txt.
 
     It writes until its budget is spent, or, with `ends`, until it draws an end: that may be at once, which is refused.
@@ -49,12 +49,12 @@ def write_llm(folder: Path, seed: int = 0, ends: bool = False) -> Path:
                 architectures=["LlamaForCausalLM"],
                 model_type="llama",
                 vocab_size=len(vocab),
-                hidden_size=WIDTH,
+                hidden_size=width,
                 intermediate_size=MLP,
                 num_hidden_layers=DEPTH,
                 num_attention_heads=HEADS,
                 num_key_value_heads=KV_HEADS,
-                head_dim=WIDTH // HEADS,
+                head_dim=width // HEADS,
                 rms_norm_eps=1e-5,
                 rope_theta=10000.0,
                 tie_word_embeddings=True,
@@ -66,20 +66,20 @@ def write_llm(folder: Path, seed: int = 0, ends: bool = False) -> Path:
     )
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32) / shape[-1] ** 0.5
-    embedding = 0.1 * draw(len(vocab), WIDTH)  # small beside what the layers add: else it repeats the last token
-    tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(WIDTH, np.float32)}
+    embedding = 0.1 * draw(len(vocab), width)  # small beside what the layers add: else it repeats the last token
+    tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(width, np.float32)}
     if not ends:  # a row of zeros has logit 0, and some other row has more
         blanks = backend.encode("".join(filter(str.isspace, map(chr, range(128))))).ids
         tensors["model.embed_tokens.weight"][[*blanks, *map(backend.token_to_id, specials)]] = 0
-    kv = WIDTH // HEADS * KV_HEADS
+    kv = width // HEADS * KV_HEADS
     for i in range(DEPTH):
         layer = f"model.layers.{i}"
-        for name, shape in (("q", (WIDTH, WIDTH)), ("k", (kv, WIDTH)), ("v", (kv, WIDTH)), ("o", (WIDTH, WIDTH))):
+        for name, shape in (("q", (width, width)), ("k", (kv, width)), ("v", (kv, width)), ("o", (width, width))):
             tensors[f"{layer}.self_attn.{name}_proj.weight"] = draw(*shape)
-        for name, shape in (("gate", (MLP, WIDTH)), ("up", (MLP, WIDTH)), ("down", (WIDTH, MLP))):
+        for name, shape in (("gate", (MLP, width)), ("up", (MLP, width)), ("down", (width, MLP))):
             tensors[f"{layer}.mlp.{name}_proj.weight"] = draw(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{layer}.{name}.weight"] = np.ones(WIDTH, np.float32)
+            tensors[f"{layer}.{name}.weight"] = np.ones(width, np.float32)
     save_file(tensors, folder / "model.safetensors")
     (folder / "instruction.txt").write_text(INSTRUCTION)
     return folder
@@ -142,7 +142,7 @@ def tiny_config(stage: int, llm: Path, **overrides):
     config.model.dit.update(width=24, mlp_width=32, heads=2, depth=2, patch=(1, 8, 8), text_len=164, unroll=False)
     config.data.update(texts=6, height=16, width=16)
     config.run.update(steps=4, batch_size=4, save_every=2, init_from="")
-    config.sample.update(height=16, width=16, steps=2, batch_size=4, count=4)
+    config.sample.update(steps=2, batch_size=4, count=4)
     config.optim.update(warmup=2, kind="adamw")  # Muon over 8 devices takes half a minute to compile
     for name, value in overrides.items():
         group, key = name.rsplit("__", 1)

@@ -1,0 +1,125 @@
+"""A run in use is the run as it was trained, whatever config the command names: its clips' size and rate, its data, its files."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from folders import write_clip, write_metadata
+from PIL import Image
+from tiny import WIDTH, tiny_config, write_llm
+from written import write_run
+
+from rise_jax import Pipeline, runs
+from rise_jax.evaluate import evaluate
+from rise_jax.export import export
+from rise_jax.generate import generate
+from rise_jax.validate import check_use
+from rise_jax.video import read_video
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run on clips of 5 frames, 16 x 24 pixels, 16 a second, in a folder; and its language model."""
+    folder = tmp_path_factory.mktemp("use")
+    write_llm(folder / "llm")
+    names = [f"{number}.mp4" for number in range(4)]
+    rows = [{"file_name": name, "prompt": f"clip {name[0]}", "split": "heldout"} for name in names]
+    write_metadata(folder / "clips", rows)
+    for name in names:
+        write_clip(folder / "clips" / name)
+    write_run(trained(folder), folder / "run")
+    return folder
+
+
+def trained(folder, **changes):
+    data = dict(data__source="folder", data__path=str(folder / "clips"), data__width=24, data__frames=5, data__fps=16.0)
+    return tiny_config(2, folder / "llm", **data | changes)
+
+
+def typed(folder, **sample):
+    """What a command makes that names another clip size, rate and source: the preset's."""
+    return tiny_config(2, folder / "llm", data__fps=8.0, **{f"sample__{name}": value for name, value in sample.items()})
+
+
+def test_videos_have_the_size_and_the_rate_of_the_runs_own_clips(folder):
+    assert generate(typed(folder, prompts="a"), folder / "run") == 0
+    video, fps = read_video(folder / "run" / "samples" / "000.mp4")
+    assert video.shape == (5, 16, 24, 3) and fps == 16
+    assert Pipeline.from_run(folder / "run")("a").videos.shape == (1, 5, 16, 24, 3)
+
+
+def test_videos_have_the_size_that_is_asked_for(folder):
+    assert generate(typed(folder, prompts="a", frames=1, width=16), folder / "run") == 0
+    assert Image.open(folder / "run" / "samples" / "000.png").size == (16, 16)
+    out = Pipeline.from_run(folder / "run")("a", frames=1, width=16)
+    assert out.videos.shape == (1, 1, 16, 16, 3)
+
+
+def test_a_run_on_a_folder_is_evaluated_on_it(folder):
+    """Clips of a folder have no attributes to score; the command's own source, scenes, is not looked at."""
+    assert evaluate(typed(folder, count=3), folder / "run") == 0
+    result = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert "attribute_accuracy" not in result and result["prompts"] == 3
+    assert result["sample"]["width"] == 24 and np.isfinite(result["heldout_loss"]["true"]).all()
+
+
+def test_an_export_keeps_the_size_and_the_rate(folder):
+    assert export(typed(folder), folder / "run") == 0
+    card = json.loads((folder / "run" / "export" / "adapter" / "adapter.json").read_text())
+    assert [card["sample"][name] for name in ("frames", "height", "width")] == [5, 16, 24] and card["fps"] == 16
+    assert Pipeline.from_export(folder / "run" / "export")("a").videos.shape == (1, 5, 16, 24, 3)
+
+
+def test_files_that_were_moved_are_told_by_their_paths(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.copytree(folder / "llm", tmp_path / "llm")
+    write_llm(tmp_path / "other", seed=1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["llm"]["path"] = "/nowhere"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="/nowhere"):
+        Pipeline.from_run(tmp_path / "run")
+    pipe = Pipeline.from_run(tmp_path / "run", paths={"llm": str(tmp_path / "llm")})
+    np.testing.assert_array_equal(pipe("a").videos, Pipeline.from_run(folder / "run")("a").videos)
+    paths = runs.typed_paths(tmp_path / "run", {"model.llm.path": str(tmp_path / "llm")})
+    assert generate(typed(folder, prompts="a"), tmp_path / "run", paths) == 0
+    with pytest.raises(ValueError, match="trained on the states of another LLM or condition: sha256 differ"):
+        Pipeline.from_run(tmp_path / "run", paths={"llm": str(tmp_path / "other")})
+    with pytest.raises(ValueError, match="paths names 'lm'; files belong to llm, dit, vae, native"):
+        Pipeline.from_run(tmp_path / "run", paths={"lm": "/nowhere"})
+
+
+def test_what_the_run_has_settled_cannot_be_typed_otherwise(folder):
+    own = {"data.width": 24, "model.dit.patch": (1, 8, 8), "model.llm.path": "/elsewhere"}
+    free = {"run.steps": 9, "sample.steps": 3, "mesh.data": 2, "model.attention": "xla", "data.max_bad": 0.5}
+    assert runs.typed_paths(folder / "run", own | free) == {"llm": "/elsewhere"}
+    with pytest.raises(ValueError, match="run was made with another config:") as told:
+        runs.typed_paths(folder / "run", own | {"data.width": 16, "model.dit.depth": 3, "model.dit.path": "wan"})
+    lines = str(told.value).splitlines()[1:]
+    assert lines[:3] == ["  data.width: 24 -> 16", "  model.dit.depth: 2 -> 3", '  model.dit.path: "" -> "wan"']
+    assert lines[3:] == ["Leave these out: the run's own values are used."]
+
+
+def test_an_llm_of_another_width_is_called_another_llm(folder, tmp_path):
+    """Not parameters that do not fit."""
+    wide = write_llm(tmp_path / "wide", width=2 * WIDTH)
+    with pytest.raises(ValueError, match="trained on the states of another LLM or condition: sha256 differ"):
+        Pipeline.from_run(folder / "run", paths={"llm": str(wide)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(sample__width=20), "sample.width=20 is not a multiple of .* 8 x 1; nearest: 16"),
+        (dict(sample__frames=4), "sample.frames=4 is not 4n.1; nearest: 5"),
+        (dict(sample__steps=0), "sample.steps=0 must be at least 1"),
+        (dict(model__attention="cudn"), "model.attention='cudn' is unknown .nearest: cudnn"),
+    ],
+)
+def test_what_the_runs_model_cannot_do_is_told(folder, changes, told):
+    config = tiny_config(2, folder / "llm", **changes)
+    with pytest.raises(ValueError, match=told):
+        check_use(config.sample, config.model, trained(folder))
