@@ -1,16 +1,18 @@
 """The embedded LLM in fp32 against transformers + torch on the same cores: reading 128 tokens, and greedy decoding of 64 new ones.
 
-    python -m benchmarks.llm_decode [--runs=7] [--batches=1,8]
+    python -m benchmarks.llm_decode [--runs=10] [--batches=1,8]
 
 All take turns, so that they see the same machine; the tables give medians of whole calls (decoding: reading the prompt, then 64
-tokens) in tokens per second, and how many of the decoded tokens are those of torch. "scan" and "unrolled" are the two ways of
-`rephrase` to run the layers.
+tokens) in tokens per second, their ratio to torch's, what compiling took once (tracing included), and how many of the decoded
+tokens are torch's. "rise_jax" is what language.py does, layers in a scan; "unrolled" is `rephrase(..., unroll=True)`, which no mode of
+main.py uses.
 Needs the packages of tests/requirements.txt and an otherwise idle machine: torch suffers most from busy neighbours.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -25,6 +27,7 @@ from rise_jax.weights import LLAMA, LoadedLLM, load_llm
 
 NEW, PREFIX, PROMPT = 64, 1, 31  # tokens; a shared prefix that long gives nobody an advantage
 READ = 128
+OURS, UNROLLED, THEIRS = "rise_jax", "unrolled", "transformers"
 
 
 def to_torch(loaded: LoadedLLM) -> transformers.LlamaForCausalLM:
@@ -56,18 +59,37 @@ def to_torch(loaded: LoadedLLM) -> transformers.LlamaForCausalLM:
     return model.eval()
 
 
-def ours(loaded: LoadedLLM, ids: np.ndarray, unroll: bool):
-    """A function that decodes `ids` and returns the tokens."""
+def compiled(function: Callable, *arguments) -> tuple[Callable, float]:
+    """(a call of `function` on these arguments, seconds of tracing and compiling it)"""
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    return lambda: program(*arguments), time.perf_counter() - start
+
+
+def readers(loaded: LoadedLLM, model: transformers.LlamaForCausalLM, ids: np.ndarray) -> tuple[dict, dict]:
+    """Name -> a call that reads `ids` up to the final states, and name -> seconds of compiling."""
     llm, _ = make_llm(loaded.config)
-    params = loaded.params
-    prefix = jax.jit(partial(encode_prefix, llm))(params, jnp.asarray(ids[0, :PREFIX]))
-    decode = jax.jit(partial(rephrase, llm, max_new=NEW, eos=(), pad=0, unroll=unroll))
+    read, taken = compiled(partial(encoded, llm), loaded.params, jnp.asarray(ids), jnp.ones(ids.shape, bool))
+    tensor = torch.tensor(ids)
+    calls = {OURS: lambda: np.asarray(read()), THEIRS: lambda: model.model(tensor).last_hidden_state.numpy()}
+    return calls, {OURS: taken}
+
+
+def decoders(loaded: LoadedLLM, model: transformers.LlamaForCausalLM, ids: np.ndarray) -> tuple[dict, dict]:
+    """Name -> a call that continues `ids` and returns the new tokens, and name -> seconds of compiling."""
+    llm, _ = make_llm(loaded.config)
+    prefix = jax.jit(partial(encode_prefix, llm))(loaded.params, jnp.asarray(ids[0, :PREFIX]))
     prompt = jnp.asarray(ids[:, PREFIX:])
-    return lambda: np.asarray(decode(params, prefix, prompt, jnp.ones(prompt.shape, bool)).tokens)
+    arguments = loaded.params, prefix, prompt, jnp.ones(prompt.shape, bool)
+    calls, taken = {}, {}
+    for name, unroll in ((OURS, False), (UNROLLED, True)):
+        decode, taken[name] = compiled(partial(rephrase, llm, max_new=NEW, eos=(), pad=0, unroll=unroll), *arguments)
+        calls[name] = lambda decode=decode: np.asarray(decode().tokens)
+    return calls | {THEIRS: theirs(model, ids)}, taken
 
 
-def theirs(model: transformers.LlamaForCausalLM, ids: np.ndarray):
-    """The same for transformers."""
+def theirs(model: transformers.LlamaForCausalLM, ids: np.ndarray) -> Callable:
+    """A function that decodes `ids` by transformers and returns the new tokens."""
     rows = torch.tensor(ids)
     settings = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, eos_token_id=None)
     mask = torch.ones_like(rows)
@@ -78,26 +100,33 @@ def theirs(model: transformers.LlamaForCausalLM, ids: np.ndarray):
     return decode
 
 
-def readers(loaded: LoadedLLM, model: transformers.LlamaForCausalLM, ids: np.ndarray) -> dict:
-    """One pass over `ids` up to the final states, for both."""
-    llm, _ = make_llm(loaded.config)
-    read = jax.jit(partial(encoded, llm))
-    rows, mask, tensor = jnp.asarray(ids), jnp.ones(ids.shape, bool), torch.tensor(ids)
-    return dict(
-        torch=lambda: model.model(tensor).last_hidden_state.numpy(),
-        rise_jax=lambda: np.asarray(read(loaded.params, rows, mask)),
-    )
-
-
-def seconds(function) -> float:
+def seconds(function: Callable) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
+def take_turns(functions: dict, runs: int) -> tuple[dict, dict]:
+    """Median seconds and results of each, after one call that warms up."""
+    results = {name: function() for name, function in functions.items()}
+    times = [{name: seconds(function) for name, function in functions.items()} for _ in range(runs)]
+    return {name: statistics.median(run[name] for run in times) for name in functions}, results
+
+
+def report(batch: int, tokens: int, calls: dict, taken: dict, runs: int) -> None:
+    """A line of the table for each of `calls`, which work through `tokens` per row."""
+    times, results = take_turns(calls, runs)
+    for name, time_taken in times.items():
+        result, expected = results[name], results[THEIRS]
+        equal = f"{(result == expected).mean():.1%}" if result.dtype.kind == "i" else ""
+        once = f"{taken[name]:.1f}" if name in taken else ""
+        rate, ratio = batch * tokens / time_taken, times[THEIRS] / time_taken
+        print(f"{batch:5d} {name:>13} {rate:9.1f} {ratio:6.2f} {once:>10} {equal:>7}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=10, help="timed calls of each, taking turns (default: 10)")
     parser.add_argument("--batches", default="1,8")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -107,33 +136,17 @@ def main():
     rng = np.random.default_rng(0)
     batches = [int(batch) for batch in options.batches.split(",")]
     print(f"fp32, {torch.get_num_threads()} cores, median of {options.runs} runs")
-    print(f"reading {READ} tokens\n{'batch':>5} {'reader':>10} {'tokens/s':>9} {'time':>6}")
+    print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    columns = f"{'batch':>5} {'':>13} {'tokens/s':>9} {'rate':>6} {'compile s':>10} {'equal':>7}"
+    print(f"reading {READ} tokens\n{columns}")
     for batch in batches:
         ids = rng.integers(20, loaded.config.vocab, (batch, READ))
-        times, _ = take_turns(readers(loaded, model, ids), options.runs)
-        for name, time_taken in times.items():
-            print(
-                f"{batch:5d} {name:>10} {batch * READ / time_taken:9.1f} {time_taken / times['torch']:6.2f}", flush=True
-            )
-    print(
-        f"{NEW} new tokens after {PREFIX + PROMPT}\n{'batch':>5} {'decoder':>10} {'tokens/s':>9} {'rate':>6} {'equal':>7}"
-    )
+        report(batch, READ, *readers(loaded, model, ids), options.runs)
+    print(f"{NEW} new tokens after {PREFIX + PROMPT}\n{columns}")
     for batch in batches:
         shared = np.tile(rng.integers(20, loaded.config.vocab, PREFIX), (batch, 1))
         ids = np.concatenate([shared, rng.integers(20, loaded.config.vocab, (batch, PROMPT))], axis=1)
-        decoders = dict(torch=theirs(model, ids), scan=ours(loaded, ids, False), unrolled=ours(loaded, ids, True))
-        times, tokens = take_turns(decoders, options.runs)
-        for name, time_taken in times.items():
-            equal = (tokens[name] == tokens["torch"]).mean()
-            rate, ratio = batch * NEW / time_taken, times["torch"] / time_taken
-            print(f"{batch:5d} {name:>10} {rate:9.1f} {ratio:6.2f} {equal:7.1%}", flush=True)
-
-
-def take_turns(functions: dict, runs: int) -> tuple[dict, dict]:
-    """Median seconds and results of each, after one call that compiles and warms up."""
-    results = {name: function() for name, function in functions.items()}
-    times = [{name: seconds(function) for name, function in functions.items()} for _ in range(runs)]
-    return {name: statistics.median(run[name] for run in times) for name in functions}, results
+        report(batch, NEW, *decoders(loaded, model, ids), options.runs)
 
 
 if __name__ == "__main__":

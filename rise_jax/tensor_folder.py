@@ -3,11 +3,13 @@
 Files are mapped, not read: a tensor costs memory only while it is being copied from, and a slice only what it touches.
 """
 
+import dataclasses
 import hashlib
 import json
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,12 +66,7 @@ class TensorFolder:
 
     def sha256(self) -> str:
         """Over the weight files in order of their names; takes as long as reading them."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(self.files)
 
 
 class TensorFile(TensorFolder):
@@ -82,6 +79,29 @@ class TensorFile(TensorFolder):
             raise FileNotFoundError(f"no file at {path}")
         self.files, self.tensors = [self.path], _header(self.path)
         self._maps = {self.path: _map(self.path)}
+
+
+def sha256_of(files: Sequence[Path], settings: dict | None = None) -> str:
+    """Over the bytes of the files in this order, then over `settings` as JSON, where there are any; paths do not count.
+
+    Fractions count to 9 digits: the last ones of what is worked out from a config differ between CPUs.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    if settings:
+        plain = json.loads(json.dumps(settings), parse_float=lambda digits: f"{float(digits):.9g}")
+        digest.update(json.dumps(plain, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def not_default(config: Any) -> dict:
+    """The fields of a dataclass that have another value than their default: a field that is added later changes no hash."""
+    values = dataclasses.asdict(config)
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def shard_names(index: Path) -> list[str]:

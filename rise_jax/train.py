@@ -93,7 +93,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     model = model_from(config.model, width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
     if begun:
-        check_states(workdir, identity, str(workdir))
+        runs.check_heard(str(workdir), checkpoints.meta()["llm"], identity)
     else:
         _check_origin(config, model, origin, language)
     check_texts(source.texts, language)

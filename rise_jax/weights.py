@@ -26,7 +26,8 @@ class WeightFile(Protocol):
     """What a reader of a published format offers (weights_files.py). `names` maps tensor names to shapes, torch order (out, in), and
     `unreadable` those that are stored in a way that is not read here to the format's name for it.
 
-    `kind` is "huggingface" or "gguf", `family` one of `llm_families.OPTIONS`.
+    `kind` is "huggingface" or "gguf", `family` one of `llm_families.OPTIONS`. `sha256()` is over all files and settings that states
+    depend on, wherever they lie, and takes as long as reading them.
     """
 
     path: Path
@@ -44,7 +45,7 @@ class WeightFile(Protocol):
 class LoadedLLM(NamedTuple):
     """A language model as read from disk. `params` is a nested dict of host arrays.
 
-    `identity` holds path, format, sha256 of the weight files, and the number of parameters.
+    `identity` holds path, format, sha256 (`WeightFile.sha256`), and the number of parameters.
     """
 
     config: LLMConfig

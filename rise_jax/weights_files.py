@@ -1,7 +1,7 @@
 """Readers of published weight files: GGUF (llama.cpp) and Hugging Face folders (config.json, safetensors, tokenizer)."""
 
 import dataclasses
-import hashlib
+from functools import cached_property
 from pathlib import Path
 
 import gguf
@@ -13,13 +13,14 @@ from rise_jax.llm_families import folder_config, folder_family
 from rise_jax.llm_gguf import gguf_config, gguf_family
 from rise_jax.models.llm_config import LLMConfig
 from rise_jax.settings import check_values, ids_below
-from rise_jax.tensor_folder import AGAIN, DTYPES, parsed, shard_names
+from rise_jax.tensor_folder import AGAIN, DTYPES, not_default, parsed, sha256_of, shard_names
 from rise_jax.text import Tokenizer
 
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's divisors of the rotary frequencies: a setting, not a parameter
 TEXT_PART = ("language_model.model.", "model.language_model.")  # "model." of a multimodal model's text part
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 GENERATION = "generation_config.json"  # names end tokens, too
+SPELLED = "Hi, 2 cats!\n  ÉÅ 猫"  # its ids show what beside tokenizer.json has a say in tokenizing
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -75,7 +76,7 @@ class GGUFFile:
         return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(self._shape(name))
 
     def sha256(self) -> str:
-        return _sha256([self.path])
+        return sha256_of([self.path])
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(n) for n in self._tensors[name].shape[::-1])
@@ -115,6 +116,10 @@ class FolderFile:
         return dataclasses.replace(self._config, tied=self._config.tied and not self._own_head)
 
     def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         settings = {**(self._settings.get("text_config") or {}), **self._settings, **self._generation}
         ends = settings.get("eos_token_id")
         found = Tokenizer.from_folder(self.path, ends if isinstance(ends, list) else [ends])
@@ -127,7 +132,18 @@ class FolderFile:
         return shard.get_tensor(key)
 
     def sha256(self) -> str:
-        return _sha256([self.path / name for name in sorted(self._shards)])
+        """Over all that states depend on: weight files, tokenizer.json, and what is used of the other files."""
+        told = self.tokenizer()
+        tokens = dict(
+            added={id: token.content for id, token in told.backend.get_added_tokens_decoder().items()},
+            spelled=told.encode(SPELLED),
+            bos=told.bos,
+            eos=told.eos,
+            leading=told.leading,
+            template=told.template,
+        )
+        files = [self.path / name for name in (*sorted(self._shards), "tokenizer.json")]
+        return sha256_of(files, {"config": not_default(self.config()), "tokens": tokens})
 
     def _shard_names(self) -> list[str]:
         index = "model.safetensors.index.json"
@@ -182,12 +198,3 @@ def _text_name(key: str) -> str | None:
     for prefix in TEXT_PART:
         key = f"model.{key.removeprefix(prefix)}" if key.startswith(prefix) else key
     return key.removeprefix("language_model.")
-
-
-def _sha256(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -14,13 +14,17 @@ import numpy as np
 from rise_jax.models.dit import COORDINATES, EPS, FREQUENCIES, abstract_dit
 from rise_jax.placement import SHARD_BYTES, Place, check, save, stream
 from rise_jax.settings import ABOVE_0, EVEN, check_settings, list_of, only, raise_faults, whole
-from rise_jax.tensor_folder import DTYPES, TensorFolder
+from rise_jax.tensor_folder import DTYPES, TensorFolder, parsed
 from rise_jax.trees import named_leaves, nested, path_name
 
 STEM = "diffusion_pytorch_model"
 LAYOUTS = {"WanTransformer3DModel": "diffusers", "WanModel": "original"}  # by config.json's _class_name
 TEXT_LEN = 512  # of the published models; diffusers' config does not say it
 TEXT_WIDTH = 4096  # of umT5-XXL; the original config does not say it
+EXPERTS = (
+    "transformer_2",
+    "low_noise_model",
+)  # the second model of Wan 2.2 A14B: in diffusers' pipeline, in the original one
 KEPT_FP32 = r"(^|/)(modulation|time_up|time_down|cross_norm)(/|$)"  # diffusers' _keep_in_fp32_modules
 
 # Module or parameter here -> (diffusers', the original one). {} stands for a layer's number.
@@ -138,9 +142,25 @@ def checked_wan(path: Path | str, dtype: Any = jnp.float32) -> tuple[dict, dict,
 
 
 def transformer_folder(path: Path | str) -> TensorFolder:
-    """The DiT's folder: `path` itself, or the transformer/ in it."""
+    """The DiT's folder: `path` itself, or the transformer/ in it. ValueError where it is one of the two of a Wan 2.2 pipeline."""
     path = Path(path)
-    return TensorFolder(path / "transformer" if (path / "transformer").is_dir() else path, STEM)
+    inner = path / "transformer"
+    _refuse_experts(path if inner.is_dir() else path.absolute().parent)
+    return TensorFolder(inner if inner.is_dir() else path, STEM)
+
+
+def _refuse_experts(pipeline: Path) -> None:
+    """Each of the two has the sizes of Wan 2.1 14B, and has learned its half of the times alone."""
+    file = pipeline / "model_index.json"
+    index = parsed(file) if file.is_file() else {}
+    signs = [f"{name}/" for name in EXPERTS if (pipeline / name).is_dir()]
+    keys = [key for key in ("boundary_ratio", "transformer_2") if index.get(key) not in (None, [None, None])]
+    signs += [f"{key} in {file.name}" for key in keys]
+    if signs:
+        raise ValueError(
+            f"{pipeline} holds a model of two experts ({', '.join(signs)}), as Wan 2.2 A14B is: these are not supported; "
+            "take Wan2.1-T2V-1.3B-Diffusers or Wan2.1-T2V-14B-Diffusers"
+        )
 
 
 def save_wan(params: dict, sizes: dict, folder: Path | str, shard_bytes: int = SHARD_BYTES) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rise_jax.models.wan_vae import COLOURS, WAN_2_1, WanVAE, WanVAEConfig
 from rise_jax.placement import Place, check, save, stream
 from rise_jax.settings import ABOVE_0, FLAG, NUMBER, check_settings, list_of, only, raise_faults, whole
-from rise_jax.tensor_folder import TensorFile, TensorFolder
+from rise_jax.tensor_folder import TensorFile, TensorFolder, not_default, sha256_of
 from rise_jax.trees import named_leaves
 
 STEM = "diffusion_pytorch_model"
@@ -62,6 +62,14 @@ KINDS = dict(
 )
 
 
+class WanVAEFolder(TensorFolder):
+    """A VAE as diffusers writes it: config.json has a say in the latents."""
+
+    def sha256(self) -> str:
+        """Over the weight files, and what sizes and statistics of latents have another value than Wan 2.1's."""
+        return sha256_of(self.files, not_default(wan_vae_config(self)))
+
+
 class LoadedWanVAE(NamedTuple):
     """`params` is a nested dict of fp32 arrays, `source` the folder or file it came from."""
 
@@ -106,7 +114,7 @@ def open_wan_vae(path: Path | str, config: WanVAEConfig = WAN_2_1) -> tuple[WanV
         )
     if path.suffix == ".safetensors":
         return config, TensorFile(path)
-    source = TensorFolder(path / "vae" if (path / "vae").is_dir() else path, STEM)
+    source = WanVAEFolder(path / "vae" if (path / "vae").is_dir() else path, STEM)
     return wan_vae_config(source), source
 
 

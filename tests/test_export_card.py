@@ -22,7 +22,7 @@ def card(tmp_path):
         "model": json.loads(json.dumps(config.model.to_dict())),
         "llm": {"identity": {"sha256": "0"}, "width": 16, "instruction": "Say more."},
         "null": "learned",
-        "sample": {name: config.sample[name] for name in SAMPLE},
+        "sample": {name: config.sample[name] for name in SAMPLE} | dict(frames=1, height=16, width=16),
         "fps": 8.0,
         "provenance": {},
     }

@@ -94,7 +94,7 @@ def test_cached_decoding_equals_the_full_pass(folders, loaded, family, layer, un
         assert families.parity(again, expected[layer][0, start : start + NEW]) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3"])
 @pytest.mark.slow
 def test_bf16_loads_and_decodes_the_states_of_teacher_forcing(tmp_path, family):
     model = families.tiny(family).to(torch.bfloat16)

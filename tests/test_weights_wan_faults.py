@@ -122,3 +122,39 @@ def test_what_the_dit_lacks_is_refused_by_name(copy, settings, message):
     change_config(copy, **settings)
     with pytest.raises(ValueError, match=message):
         load_wan(copy)
+
+
+SECOND = ["diffusers", "WanTransformer3DModel"]
+
+
+@pytest.mark.parametrize(
+    ("second", "index", "sign"),
+    [
+        ("transformer_2", None, "transformer_2/"),
+        ("low_noise_model", None, "low_noise_model/"),
+        (None, {"boundary_ratio": 0.875}, "boundary_ratio in model_index.json"),
+        (None, {"transformer_2": SECOND}, "transformer_2 in model_index.json"),
+        ("transformer_2", {"boundary_ratio": 0.875, "transformer_2": SECOND}, "transformer_2/, boundary_ratio in .*"),
+    ],
+)
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_a_model_of_two_experts_is_refused(folder, tmp_path, second, index, sign, part):
+    """Wan 2.2 A14B: each expert has the sizes of Wan 2.1 14B."""
+    pipeline = tmp_path / "wan"
+    for name in ("transformer", second):
+        if name:
+            shutil.copytree(folder, pipeline / name)
+    if index:
+        (pipeline / "model_index.json").write_text(json.dumps(index))
+    told = rf"wan holds a model of two experts \({sign}.*\), as Wan 2\.2 .*not supported; take Wan2\.1-T2V-1\.3B"
+    for path in (pipeline / part, *([pipeline / second] if second else [])):
+        with pytest.raises(ValueError, match=told):
+            load_wan(path)
+
+
+def test_a_pipeline_of_one_transformer_is_read_whatever_its_index_leaves_empty(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "transformer")
+    index = {"transformer": SECOND, "transformer_2": [None, None], "boundary_ratio": None}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for path in (tmp_path, tmp_path / "transformer"):
+        assert load_wan(path).source.path == tmp_path / "transformer"

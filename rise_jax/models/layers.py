@@ -23,7 +23,8 @@ def scan_blocks(
     """Runs stacked `blocks` in order: `call(block, carry, slice_of_per_layer) -> (carry, output)`.
 
     Returns (carry, outputs stacked over layers). `remat` says what the backward pass computes again (remat.py). `unroll` writes
-    the blocks out one after the other: longer to compile, but nothing is copied in and out of stacks (a CPU's bottleneck).
+    the blocks out one after the other: longer to compile, but nothing is copied in and out of stacks (a CPU's bottleneck). With
+    remat they stay in the scan: written out, XLA may join what is computed again with what was computed before, and keep all.
     """
     graph, params = nnx.split(blocks)
 
@@ -31,7 +32,7 @@ def scan_blocks(
         block_params, extra = layer
         return call(nnx.merge(graph, block_params), carry, extra)
 
-    return jax.lax.scan(recomputed(body, remat), carry, (params, per_layer), unroll=unroll)
+    return jax.lax.scan(recomputed(body, remat), carry, (params, per_layer), unroll=unroll and remat == "none")
 
 
 class LowRankLinear(nnx.Linear):
