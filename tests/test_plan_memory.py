@@ -25,7 +25,7 @@ def like(*shape, dtype=jnp.float32):
 @pytest.mark.slow
 @pytest.mark.parametrize(("remat", "unroll"), [("none", True), ("none", False), ("blocks", True)])
 def test_activations_are_within_a_fifth_of_the_compiled_figure(remat, unroll):
-    """Of the gradient on one device of the preset tiny: as it ships, with its blocks in a scan, and with remat, where they stay in one."""
+    """Of the gradient on one device of the preset tiny: as it ships, in a scan, and with remat, which keeps the scan."""
     config = config_of("stage2", "tiny", model__dit__remat=remat, model__dit__unroll=unroll)
     outlined, size = outline(config), config.run.batch_size
     planned = training_memory(config, planned_mesh(), outlined)
