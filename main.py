@@ -2,6 +2,7 @@
 
 import difflib
 import gc
+import itertools
 import logging
 import os
 import runpy
@@ -47,10 +48,15 @@ def parse(arguments: list[str]) -> list[str]:
 
 def _nearest_key(arguments: list[str]) -> str:
     """What is wrong with the first key typed that is none of the config file's, and what is there in its place; "" if all are."""
-    typed = [argument.lstrip("-").partition("=") for argument in arguments if argument.startswith("-")]
-    file, _, preset = {name: value for name, _, value in typed}.get("config", "").partition(":")
-    config = runpy.run_path(file)["get_config"](*filter(None, [preset])) if file else ConfigDict()
-    for name, *_ in typed:
+    names = [word.lstrip("-").partition("=")[0] for word in arguments if word.startswith("-")]
+    following = dict(itertools.pairwise(arguments))
+    given = [word.partition("=")[2] for word in arguments if word.startswith(("--config=", "-config="))]
+    file, _, preset = (given or [following.get("--config", "")])[-1].partition(":")
+    try:
+        config = runpy.run_path(file)["get_config"](*filter(None, [preset]))
+    except Exception:  # anything may be wrong with a file that is somebody's own: the first error tells it
+        return ""
+    for name in names:
         group, path = config, []
         for word in name.split(".")[1:] if name.startswith("config.") else []:
             if not isinstance(group, ConfigDict) or word not in group:
@@ -103,7 +109,7 @@ def _moved(workdir: Path) -> dict:
     """For the modes that use a run: where its files lie now, if typed. What else of model and data is typed has to be the run's."""
     if MODE.value not in ("generate", "evaluate", "export"):
         return {}
-    from rise_jax.runs import typed_paths
+    from rise_jax.run_config import typed_paths
 
     return {"paths": typed_paths(workdir, config_flags.get_override_values(flags.FLAGS["config"]))}
 

@@ -7,6 +7,7 @@ native               a T5 or umT5 encoder, the published video models' own, read
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -119,17 +120,25 @@ class Encode(_Encoded):
         max_prompt: int,
         max_new: int,
         layer: int = -1,
+        final_norm: bool = False,
         mesh: Mesh | None = None,
     ):
-        """`layer` and `mesh` as in `Language`; ValueError for a layer that is not there."""
+        """`layer`, `final_norm` and `mesh` as in `Language`; ValueError for a layer that is not there."""
         loaded = load_llm(path, jnp.dtype(dtype))
         config, self._tokenizer = loaded.config, loaded.tokenizer
         layer = config.layer_index(layer)
-        llm, _ = make_llm(config, jnp.dtype(dtype))
+        llm, _ = make_llm(replace(config, norm_inner=final_norm), jnp.dtype(dtype))
         encode = partial(rephrase.encoded, llm, leading=loaded.tokenizer.leading, layer=layer)
         sizes = dict(pad=loaded.tokenizer.pad, length=max_prompt, width=config.width)
         super().__init__(encode, put_parameters(loaded.params, mesh), **sizes, mesh=mesh)
-        self.identity = identity_of(self.condition, loaded.identity["sha256"], dtype, layer=layer, depth=config.depth)
+        self.identity = identity_of(
+            self.condition,
+            loaded.identity["sha256"],
+            dtype,
+            layer=layer,
+            depth=config.depth,
+            final_norm=final_norm,
+        )
 
     def check(self, text: Text) -> None:
         """Raises ValueError for a prompt over its budget."""
@@ -167,8 +176,8 @@ class RewriteThenEncode(_Encoded):
         self.identity = writer.identity | identity_of(self.condition, None, writer.identity["dtype"])
 
     def check(self, text: Text) -> None:
-        """As `Language.check`."""
-        self._writer.check(text)
+        """As `Language.check`; the prompt of a given rephrasing is not read."""
+        self._writer.check(text) if text.rephrased is None else self.pair(text)
 
     def pair(self, text: Text) -> Pair:
         """A text whose rephrasing is given. Raises ValueError when that has more tokens than `max_new`."""

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rise_jax import metrics, runs
+from rise_jax import metrics, run_config
 from rise_jax.build import backend_from, describe_attention
 from rise_jax.conditions import complete
 from rise_jax.data.loader import make_loader
@@ -37,9 +37,10 @@ _BESIDE = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "ke
 def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = MappingProxyType({})) -> int:
     """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts of its data.
 
-    `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh, the back ends of attention and data.max_bad are used.
+    `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh, the back ends of attention, data.max_bad and run.seed
+    (which prompts of the scenes are held out for it) are used.
     """
-    check_use(config.sample, config.model, runs.config_at(workdir, paths))
+    check_use(config, run_config.config_at(workdir, paths))
     mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
     print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
     pipe = Pipeline.from_run(workdir, paths=paths, mesh=mesh, backend=backend)

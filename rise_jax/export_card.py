@@ -24,7 +24,7 @@ OPTIONS = {
     **dict.fromkeys(("d_ctx", "width", "mlp_width", "depth", "heads", "latents", "text_len"), whole()),
     **dict.fromkeys(("max_prompt", "max_new", "length", "steps", "frames", "height", "batch_size"), whole()),
     **dict.fromkeys(("registers", "low_rank"), whole(0)),
-    **dict.fromkeys(("unroll", "coordinates", "input_norm", "output_norm"), FLAG),
+    **dict.fromkeys(("unroll", "coordinates", "input_norm", "output_norm", "final_norm"), FLAG),
     **dict.fromkeys(("path", "instruction"), TEXT),
     **dict.fromkeys(("guidance", "temperature", "mean", "std"), NUMBER),
     "layer": Kind("must be a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rise_jax import runs
+from rise_jax import run_config, runs
 from rise_jax.build import backend_from, describe_attention
 from rise_jax.condition_kinds import CONDITIONS, check_prompts
 from rise_jax.data.sources import nearest
@@ -24,7 +24,7 @@ from rise_jax.published import vae_identity
 from rise_jax.sharding import describe, make_mesh
 from rise_jax.sheets import comparison_sheet, contact_sheet
 from rise_jax.utf8 import read_utf8
-from rise_jax.validate import check_use
+from rise_jax.validate import check_use, clip_size
 from rise_jax.video import write_file, write_png, write_video
 
 SUFFIXES = (".txt", ".md", ".csv", ".json", ".jsonl")  # of files, whatever they hold
@@ -50,16 +50,18 @@ def generate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
     `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh and the back ends of attention are used.
 
     Every run of `sample.beside` makes the same prompts with the same seeds, kept in N-NAME/ there; contact_sheet.png then has a
-    column per run. Nothing is written before all is made.
+    column per run. Where files of theirs are gone, those of the workdir's run are tried. Nothing is written before all is made.
     """
     prompts = read_prompts(config.sample.prompts)
     workdirs = read_workdirs(config.sample.beside, workdir)
-    check_runs(workdirs, config, prompts, paths)
+    own = run_config.config_at(workdir, paths).model
+    places = [paths, *(run_config.moved_paths(folder, own) for folder in workdirs[1:])]
+    check_runs(workdirs, config, prompts, places)
     mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
     print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
     made = [
-        _make(config, prompts, folder, number, mesh, backend, {} if number else paths)
-        for number, folder in enumerate(workdirs)
+        _make(config, prompts, folder, number, mesh, backend, place)
+        for number, (folder, place) in enumerate(zip(workdirs, places))
     ]
     if not is_first():
         return 0
@@ -91,9 +93,7 @@ def _make(
         steps=sample.steps,
         guidance=sample.guidance,
         stepper=sample.stepper,
-        frames=sample.frames or None,
-        height=sample.height or None,
-        width=sample.width or None,
+        **dict(zip(("frames", "height", "width"), clip_size(sample, pipe.config.data))),
         temperature=sample.temperature,
     )
     name = workdir.resolve().name
@@ -145,16 +145,16 @@ def read_prompts(prompts: str) -> list[str]:
     return found
 
 
-def check_runs(workdirs: list[Path], config: ConfigDict, prompts: list[str], paths: Mapping[str, str]) -> None:
+def check_runs(workdirs: list[Path], config: ConfigDict, prompts: list[str], places: list[Mapping[str, str]]) -> None:
     """Raises ValueError, naming the run, where `config` asks for what its model cannot do (`check_use`), a prompt is none for its text
     model, or that or its VAE is another than in training; FileNotFoundError for what is not there.
 
     The first run's own parts are looked at when it is loaded, which is before it makes anything.
     """
     for number, folder in enumerate(workdirs):
-        run = runs.config_at(folder, {} if number else paths)
+        run = run_config.config_at(folder, places[number])
         try:
-            check_use(config.sample, config.model, run)
+            check_use(config, run)
             if number:
                 _check_beside(run.model, folder, prompts)
         except (ValueError, FileNotFoundError) as error:

@@ -7,6 +7,7 @@ instruction's keys and values, computed once.
 import difflib
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -70,12 +71,14 @@ class Language:
         max_prompt: int,
         max_new: int,
         layer: int = -1,
+        final_norm: bool = False,
         rules: str | None = None,
         mesh: Mesh | None = None,
     ):
         """`instruction` is the name of a shipped file ("scenes", "default") or the path of one's own; `rules` stand in for its text.
 
         `layer` says whose states condition the video, counted as in `LLMConfig.layer_index`; ValueError for one that is not there.
+        `final_norm` puts an inner layer's behind the LLM's final norm.
         `mesh` is what the parameters and the texts of a call are spread over.
         """
         loaded = load_llm(path, jnp.dtype(dtype))
@@ -88,7 +91,7 @@ class Language:
         self.max_new = self.length = max_new
         self.width = loaded.config.width
         self.layer = loaded.config.layer_index(layer)
-        self.llm, _ = make_llm(loaded.config, jnp.dtype(dtype))
+        self.llm, _ = make_llm(replace(loaded.config, norm_inner=final_norm), jnp.dtype(dtype))
         self.mesh = mesh
         self.params = put_parameters(loaded.params, mesh)
         self.identity = identity_of(
@@ -98,6 +101,7 @@ class Language:
             rules=self.rules,
             layer=self.layer,
             depth=loaded.config.depth,
+            final_norm=final_norm,
         )
         self._teach = jax.jit(partial(rephrase.teacher_forced, self.llm, layer=self.layer), **gathered(mesh))
         self._decode = jax.jit(
@@ -215,18 +219,27 @@ class Language:
 
 
 def identity_of(
-    condition: str, sha256: str | None, dtype: str, *, rules: str | None = None, layer: int = -1, depth: int = -1
+    condition: str,
+    sha256: str | None,
+    dtype: str,
+    *,
+    rules: str | None = None,
+    layer: int = -1,
+    depth: int = -1,
+    final_norm: bool = False,
 ) -> dict:
     """JSON of what the states depend on, for fingerprints and checkpoints. Paths may differ between machines, so they are left out.
 
-    `rules` are the instruction's text, where there is one; `layer` is absent where it is the last of `depth`; so is a `sha256` that
-    is not known.
+    `rules` are the instruction's text, where there is one; `layer` is absent where it is the last of `depth`, which is
+    always behind the final norm; so is a `sha256` that is not known.
     """
     identity = {"dtype": dtype, "align": "predictor" if condition == Language.condition else "token"}
     identity |= {"sha256": sha256} if sha256 else {}
     identity |= {"condition": condition} if condition != Language.condition else {}
     identity |= {"instruction": hashlib.sha256(rules.encode()).hexdigest()} if rules is not None else {}
-    return identity | ({"layer": layer} if layer != depth else {})
+    if layer != depth:
+        identity |= {"layer": layer} | ({"final_norm": True} if final_norm else {})
+    return identity
 
 
 def instruction_file(name: str) -> Path:

@@ -51,7 +51,8 @@ def run_steps(
             stopped = stop.asked(signal)
             if stopped or step + 1 == last or (step + 1) % config.run.save_every == 0:
                 _check_finite(report.flush(), step + 1, config, workdir)
-                checkpoints.save(step + 1, state, meta | {"quarantine": quarantined(workdir / "quarantine.jsonl")})
+                bad = quarantined(workdir / "quarantine.jsonl") if is_first() else {}
+                checkpoints.save(step + 1, state, meta | {"quarantine": bad})
                 report.pause()
             if stopped:
                 checkpoints.wait()

@@ -9,17 +9,8 @@ from rise_jax import published
 from rise_jax.build import model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.language import states_in_batch
-from rise_jax.runs import (
-    FILE,
-    NULL,
-    RANDOM,
-    check_fit,
-    check_heard,
-    check_vae,
-    read_config,
-    refuse_random,
-    replaces_null,
-)
+from rise_jax.run_config import config_at, moved_paths, read_config
+from rise_jax.runs import FILE, NULL, RANDOM, check_fit, check_heard, check_vae, refuse_random, replaces_null
 from rise_jax.trees import named_leaves, partition
 
 LOG = logging.getLogger(__name__)
@@ -56,9 +47,11 @@ def check_start(init_from: str, preset: str) -> Path | None:
     return None
 
 
-def parameters_of(origin: Path, d_llm: int) -> dict:
-    """The abstract parameters of the run in `origin`, on an LLM of width `d_llm`. Raises as `model_from` does."""
-    return model_from(ConfigDict(read_config(origin)["model"]), d_llm, states_in_batch).abstract
+def parameters_of(origin: Path, d_llm: int, model: ConfigDict) -> dict:
+    """The abstract parameters of the run in `origin`, on an LLM of width `d_llm`; where files of its own are no longer there, the
+    `model` group of another config says where they lie. Raises as `model_from` does."""
+    config = config_at(origin, moved_paths(origin, model))
+    return model_from(config.model, d_llm, states_in_batch).abstract
 
 
 def check_parts(config: ConfigDict, abstract: dict, theirs: dict, origin: Path | None) -> None:

@@ -1,6 +1,7 @@
 """A run by its shapes alone: the model, and abstract values of all that a training step or a sampler takes. Loads no weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,17 +60,21 @@ class Outline(NamedTuple):
     notes: dict[str, str]
 
 
-def outline(config: ConfigDict, backend: Backend = XLA, text: Text | None = None) -> Outline:
+def outline(
+    config: ConfigDict, backend: Backend = XLA, text: Text | None = None, *, null: bool = True, calibrate: bool = True
+) -> Outline:
     """Sizes are read from the files that the config names; where these are not here, they are the published ones (known_sizes.py).
 
-    `backend` is that of the model's attention; `text` spares reading the text model's files again.
+    `backend` is that of the model's attention; `text` spares reading the text model's files again;
+    `null` and `calibrate` as for `published.check_files`.
 
     Raises ValueError for an LLM that is neither here nor known by its name, and whatever `validate` would.
     """
     vae, vae_note = known_sizes.vae_sizes(config.model.vae.path)
     text = text or (_native(config) if config.model.condition == NATIVE else _llm(config))
     notes = {"text model": text.note, "DiT": _dit_note(config.model.dit.path), "VAE": vae_note}
-    native = _native(config) if config.model.null == NATIVE or config.model.calibrate else None
+    asked = (null and config.model.null == NATIVE) or (calibrate and config.model.calibrate)
+    native = _native(config) if asked else None
     states = text.states if config.data.states == "in_step" else states_in_batch
     model = model_from(_with_null(config.model), text.width, states, vae=vae, backend=backend)
     trainable, frozen = partition(model.abstract, list(config.model.trainable))
@@ -105,7 +110,16 @@ def text_identity(model: ConfigDict) -> dict:
     sizes = known_sizes.llm_sizes(settings.path)[0]
     layer = sizes.layer_index(settings.get("layer", -1))
     sha256 = open_weights(settings.path).sha256() if _is_here(settings.path) else None
-    return identity_of(condition, sha256, settings.dtype, rules=rules, layer=layer, depth=sizes.depth)
+    final_norm = settings.get("final_norm", False)
+    return identity_of(
+        condition,
+        sha256,
+        settings.dtype,
+        rules=rules,
+        layer=layer,
+        depth=sizes.depth,
+        final_norm=final_norm,
+    )
 
 
 def step_arguments(config: ConfigDict, outlined: Outline, size: int) -> tuple:
@@ -143,7 +157,8 @@ def sampler_arguments(config: ConfigDict, outlined: Outline, size: int) -> tuple
 def _llm(config: ConfigDict) -> Text:
     settings, condition = config.model.llm, config.model.condition
     sizes, note = known_sizes.llm_sizes(settings.path)
-    llm, params = make_llm(sizes, jnp.dtype(settings.dtype))
+    norm_inner = settings.get("final_norm", False)
+    llm, params = make_llm(replace(sizes, norm_inner=norm_inner), jnp.dtype(settings.dtype))
     layer = sizes.layer_index(settings.get("layer", -1))
     length = settings[CONDITIONS[condition].budget]
     tokens = lambda size, length: (_like((size, length), jnp.int32), _like((size, length), jnp.bool_))

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rise_jax import flow, runs, sampler
+from rise_jax import flow, run_config, runs, sampler
 from rise_jax.build import Model, language_from
 from rise_jax.condition_kinds import Condition
 from rise_jax.exported import read_export
@@ -70,7 +70,7 @@ class Pipeline:
         """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none.
 
         `paths` says where files of the model lie that were elsewhere in training, such as {"llm": "/models/Qwen3-0.6B"}; its keys
-        are among `runs.PARTS`. ValueError where they are others.
+        are among `run_config.PARTS`. ValueError where they are others.
 
         `mesh` (sharding.make_mesh) spreads parameters and videos over devices; `backend` of attention is by default this
         platform's. Neither has to be that of training.
@@ -209,7 +209,7 @@ def open_run(
 
     FileNotFoundError where there is no run, ValueError when LLM or VAE are others now.
     """
-    config = runs.config_at(workdir, paths)
+    config = run_config.config_at(workdir, paths)
     runs.check_run(workdir)
     place = mesh and partial(shardings, mesh=mesh)
     language = language_from(config.model, mesh=mesh)

@@ -29,7 +29,8 @@ from rise_jax.outline import (
 )
 from rise_jax.pipeline import make_videos
 from rise_jax.published import CAPTIONS, PIXELS, check_files, vae_identity
-from rise_jax.runs import check_run, has_begun, read_config
+from rise_jax.run_config import read_config
+from rise_jax.runs import check_run, has_begun
 from rise_jax.sharding import bytes_per_device, check_batch, planned_mesh
 from rise_jax.step import sample_losses
 from rise_jax.trees import combine
@@ -99,8 +100,9 @@ def checked_outline(config: ConfigDict, begun: bool = False, origin: Path | None
     if model.dit.path in absent:
         here.model.dit.path = ""
     validate(here, known_sizes.vae_sizes(model.vae.path)[0])
-    check_files(model, absent, null=not begun and asks_for_null(origin, model), calibrate=not (begun or origin))
-    return outline(config)
+    asks = dict(null=not begun and asks_for_null(origin, model), calibrate=not (begun or origin))
+    check_files(model, absent, **asks)
+    return outline(config, **asks)
 
 
 def make_plan(config: ConfigDict, mesh: AbstractMesh, outlined: Outline) -> Plan:

@@ -120,23 +120,23 @@ def check_files(model: ConfigDict, absent: Collection[str] = (), *, null: bool =
         checked_wan_vae(model.vae.path)
     asks = (null and model.null == NATIVE) or (calibrate and model.calibrate)
     if (asks or model.condition == NATIVE) and model.native.path not in absent:
-        _check_native(model)
+        _check_native(model, null and model.null == NATIVE, calibrate and model.calibrate)
     if model.null not in (LEARNED, NATIVE, *absent):
         load_null(model)
     if calibrate and model.calibrate:
         _captions(model)
 
 
-def _check_native(model: ConfigDict) -> None:
+def _check_native(model: ConfigDict, null: bool, calibrate: str) -> None:
     if not model.native.path or not Path(model.native.path).is_dir():
         raise FileNotFoundError(
             f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
         )
     config, *_, tokenizer = checked_t5(model.native.path)
     width = config.width
-    if width != model.adapter.d_ctx and (model.null == NATIVE or model.calibrate):
+    if width != model.adapter.d_ctx and (null or calibrate):
         raise ValueError(f"model.adapter.d_ctx={model.adapter.d_ctx}, but {width} in {model.native.path}")
-    if model.calibrate:
+    if calibrate:
         text_ids(tokenizer, _captions(model), model.native.length)
 
 

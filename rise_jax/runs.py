@@ -4,14 +4,13 @@ Layout: config.json, checkpoints/STEP (state and meta), frozen/0 (leaves that ca
 states.npz and captions.jsonl (conditions.py), metrics.jsonl, summary.json.
 """
 
-import json
 import logging
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -24,16 +23,14 @@ from rise_jax.models.adapter import calibrate_output
 from rise_jax.models.attention import XLA, Backend
 from rise_jax.optim import make_optimizer
 from rise_jax.processes import is_first, meet
+from rise_jax.run_config import config_at, read_config
 from rise_jax.sharding import put
 from rise_jax.step import TrainState, new_state
 from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
-from rise_jax.workdir import flattened, may_differ
 
 LOG = logging.getLogger(__name__)
 RANDOM, FILE = "random", "file "
 NULL = "null/embedding"  # the leaf of a null condition that is not learned
-PARTS = ("llm", "dit", "vae", "native")  # groups of a config's model with a path to files
-GROUPS = ("model", "data", "optim", "sample", "run")  # of a run's config
 
 
 class Parameters(NamedTuple):
@@ -53,52 +50,6 @@ class Run(NamedTuple):
     step: int
     params: dict
     trained: set[str]
-
-
-def read_config(workdir: Path) -> dict:
-    """The config a workdir was made with. Raises FileNotFoundError for a folder that holds no run, ValueError for one with another
-    config.json."""
-    file = Path(workdir) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{workdir} holds no run: there is no {file.name} in it")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{workdir} holds no run: its {file.name} is not JSON ({error})") from error
-    lacking = [name for name in GROUPS if not (isinstance(config, dict) and isinstance(config.get(name), dict))]
-    if lacking:
-        raise ValueError(f"{workdir} holds no run: its {file.name} is that of something else, without {lacking[0]!r}")
-    return config
-
-
-def config_at(workdir: Path, paths: Mapping[str, str]) -> ConfigDict:
-    """A run's config, `paths` = {one of PARTS: where its files lie now} applied. Raises as `read_config` does; ValueError for another
-    part."""
-    config = ConfigDict(read_config(workdir))
-    for part, path in paths.items():
-        if part not in PARTS:
-            raise ValueError(f"paths names {part!r}; files belong to {', '.join(PARTS)}")
-        config.model[part].path = str(path)
-    return config
-
-
-def typed_paths(workdir: Path, typed: Mapping[str, Any]) -> dict[str, str]:
-    """Of the settings {dotted key: value} that were typed for a mode that uses a run: where its files lie, as for `config_at`.
-
-    What the run computes stays as it was trained: raises ValueError listing each key typed with another value than the run's.
-    """
-    config = ConfigDict(read_config(workdir))
-    own = {key: json.dumps(value) for key, value in flattened(config.to_dict()).items()}
-    paths = {part: typed[f"model.{part}.path"] for part in PARTS if f"model.{part}.path" in typed}
-    used = {key: value for key, value in typed.items() if key.startswith(("model.", "data."))}
-    pairs = {key: (own.get(key, "absent"), json.dumps(value)) for key, value in used.items()}
-    wrong = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not may_differ(key, *pair)}
-    if wrong:
-        lines = "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in wrong.items())
-        raise ValueError(
-            f"{workdir} was made with another config:\n{lines}\nLeave these out: the run's own values are used."
-        )
-    return paths
 
 
 def has_begun(workdir: Path) -> bool:

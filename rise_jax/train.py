@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rise_jax import runs
+from rise_jax import run_config, runs
 from rise_jax.build import backend_from, describe_attention, language_from, model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.condition_kinds import check_texts
@@ -97,7 +97,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     else:
         _check_origin(config, model, origin, language)
     check_texts(source.texts, language)
-    if is_first():
+    if is_first() and not begun:
         write_config(workdir, config.to_dict())
     with jax.set_mesh(mesh):
         table, frozen, heard = _conditions(config, workdir, source, language)
@@ -124,6 +124,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
             origin,
             mesh,
         )
+        if is_first() and begun:  # its files are what they were, wherever the config says that they lie now
+            write_config(workdir, config.to_dict())
         step_fn = make_train_step(
             model,
             optimizer,
@@ -162,7 +164,7 @@ def _check_origin(config, model, origin, language) -> None:
     if origin:
         meta = check_states(origin, language.identity)
         check_backbone(origin, meta, config.model, vae_identity(config.model.vae.path))
-    check_parts(config, model.abstract, parameters_of(origin, language.width) if origin else {}, origin)
+    check_parts(config, model.abstract, parameters_of(origin, language.width, config.model) if origin else {}, origin)
 
 
 def _ready(config, mesh, plain, step_fn, state, frozen, batches) -> tuple[Any, Iterator[dict], Work]:
@@ -216,7 +218,8 @@ def _state(config, workdir, checkpoints, model, optimizer, identities, heard, or
         runs.check_vae(str(workdir), meta["vae"], identities["vae"])
         frozen = runs.read_frozen(workdir, config.model, rest, model.abstract, meta["provenance"], place)
         return step, state, frozen, meta
-    source = runs.read_run(origin, heard[0].shape[-1], place) if origin else None
+    paths = run_config.moved_paths(origin, config.model) if origin else {}
+    source = runs.read_run(origin, heard[0].shape[-1], place, paths=paths) if origin else None
     if source:
         LOG.info("starting from the EMA of %s, step %d", origin, source.step)
     params, provenance = runs.initial_parameters(model, config, source, identities["llm"], heard, place)

@@ -37,13 +37,14 @@ def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
-def check_use(sample: ConfigDict, attention: ConfigDict, run: ConfigDict) -> None:
-    """Raises one ValueError that lists every fault of a `sample` group, and of the attention back ends in a `model` group, for the
-    model of a run's config."""
+def check_use(config: ConfigDict, run: ConfigDict) -> None:
+    """Raises one ValueError that lists every fault of what generate and evaluate take from a command's config, for a run's model."""
     model = run.model.copy_and_resolve_references()
-    model.update(attention=attention.attention, sequence=attention.sequence)
-    size, vae = clip_size(sample, run.data), open_vae(model.vae.path)
-    faults = [*sample_faults(sample), *_backends(model), *check_clip(*size, model.dit.patch, vae, "sample")]
+    model.update(attention=config.model.attention, sequence=config.model.sequence)
+    size, vae = clip_size(config.sample, run.data), open_vae(model.vae.path)
+    others = {"data": {"max_bad": config.data.max_bad}, "run": {"seed": config.run.seed}}
+    faults = [*sample_faults(config.sample), *_ranges(ConfigDict(others)), *_seed_of_run(config.run)]
+    faults += [*_backends(model), *check_clip(*size, model.dit.patch, vae, "sample")]
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -198,6 +199,10 @@ def _seed(key: str, value: int, limit: int) -> Iterable[str]:
         yield f"{key}={value} must be at most {limit}; nearest: {limit}"
 
 
+def _seed_of_run(run: ConfigDict) -> Iterable[str]:
+    yield from _seed("run.seed", run.seed, 2**32 - 1)
+
+
 def _schedule(optim: ConfigDict) -> Iterable[str]:
     start, end = max(optim.decay_from, optim.warmup), optim.decay_until
     if (optim.decay_from or end) and not optim.warmup <= optim.decay_from < end:
@@ -208,7 +213,7 @@ def _schedule(optim: ConfigDict) -> Iterable[str]:
 
 
 def _run_parts(run: ConfigDict) -> Iterable[str]:
-    yield from _seed("run.seed", run.seed, 2**32 - 1)
+    yield from _seed_of_run(run)
     if run.accumulate > 0:
         yield from _divides("run.batch_size", run.batch_size, f"run.accumulate={run.accumulate}", run.accumulate)
     if fault := window_fault(run.profile, run.steps):

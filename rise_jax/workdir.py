@@ -13,7 +13,7 @@ from typing import Any, TextIO
 FREE = r"""(?x)^( run\.(steps|accumulate|save_every|keep|profile) | model\.(attention|sequence|dit\.remat)
 | mesh\..* | sample\..* | data\.(workers|max_bad) )$"""
 # Where the same files lie, which their hashes or the checkpoint hold to.
-PATHS = r"^model\.(llm|dit|vae|native)\.path$"
+PATHS = r"^model\.((llm|dit|vae|native)\.path|llm\.instruction)$"
 
 
 @contextmanager
@@ -114,8 +114,11 @@ def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None
 
 
 def may_differ(key: str, was: str, now: str) -> bool:
-    """Whether the value (JSON) of a key may be another one in a later start of a run; files may be moved, not added or dropped."""
-    return bool(re.search(FREE, key) or (re.search(PATHS, key) and '""' not in (was, now)))
+    """Whether the value (JSON) of a key may be another one in a later start of a run: files may be moved, not added or dropped, and
+    what this version can do more may be switched off."""
+    moved = re.search(PATHS, key) and '""' not in (was, now)
+    moved = moved or (key == "model.null" and all(value.endswith('.safetensors"') for value in (was, now)))
+    return bool(re.search(FREE, key) or moved or (was, now) == ("absent", "false"))
 
 
 def write_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:

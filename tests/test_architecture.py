@@ -67,6 +67,7 @@ LAYERS = (
     (
         "build",
         "step",
+        "run_config",
         "runs",
         "origin",
         "validate",
@@ -97,6 +98,7 @@ READS_CONFIG = {
     "exported",
     "build",
     "published",
+    "run_config",
     "runs",
     "origin",
     "validate",

@@ -1,5 +1,7 @@
 """What conditions the video: each kind's states against transformers and the other kinds; one loss in both modes; never mixed up."""
 
+from contextlib import nullcontext
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tiny import write_llm
 
 from rise_jax.condition_kinds import CONDITIONS, Encode, open_text
 from rise_jax.conditions import cached_states, complete, fingerprint_of
-from rise_jax.data.sources import Text
+from rise_jax.data.sources import Text, TooLong
 from rise_jax.language import Pair
 from tests import llama
 from tests.families import parity
@@ -126,6 +128,25 @@ def test_prompts_that_cannot_be_encoded_are_refused(kinds):
 def test_a_caption_over_the_budget_is_refused(kinds):
     with pytest.raises(ValueError, match=r"has \d+ tokens, model.llm.max_new=24 is the limit; raise it to"):
         kinds["rewrite_then_encode"].pair(Text("a", "long " * 20))
+
+
+LONG = "long " * 20
+
+
+@pytest.mark.parametrize(
+    ("text", "refusing"),
+    [
+        (Text("short", "short"), set()),
+        (Text(LONG, "short"), {"rephrase", "encode"}),
+        (Text("short", LONG), {"rephrase", "rewrite_then_encode"}),
+        (Text(LONG, None), {"rephrase", "encode", "rewrite_then_encode"}),
+    ],
+)
+def test_only_what_is_read_of_a_text_has_to_keep_its_budget(kinds, text, refusing):
+    """rewrite_then_encode reads a prompt where its caption is still to be written."""
+    for name, kind in kinds.items():
+        with pytest.raises(TooLong) if name in refusing else nullcontext():
+            kind.check(text)
 
 
 # ---- never mixed up ----

@@ -170,6 +170,18 @@ def test_states_of_another_layer_are_other_states_and_are_never_mixed_up(languag
     assert np.abs(said.states - finals.states).max() > 0.1
 
 
+@pytest.mark.slow
+def test_states_behind_the_final_norm_are_other_states_but_for_the_last_layer(tmp_path_factory):
+    folder = str(write_llm(tmp_path_factory.mktemp("llm"), ends=True))
+    made = lambda **options: Language(path=folder, **SETTINGS, **options)
+    inner, normed, last = made(layer=1), made(layer=1, final_norm=True), made(final_norm=True)
+    assert inner.identity != normed.identity and last.identity == made().identity
+    (plain,), (unit,) = (each.teach([each.pair(TEXTS[0])])[0] for each in (inner, normed))
+    spread = np.sqrt((plain**2).mean(-1, keepdims=True) + 1e-5)  # its norm has weights of 1
+    np.testing.assert_allclose(unit, plain / spread, atol=1e-4)
+    assert np.abs(unit - plain).max() > 0.1
+
+
 def test_a_layer_that_the_llm_does_not_have_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model.llm.layer=3: .* 2 layers .* nearest: 2"):
         Language(path=str(write_llm(tmp_path)), layer=3, **SETTINGS)

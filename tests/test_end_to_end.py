@@ -179,8 +179,9 @@ def test_a_mistake_in_the_config_file_is_told_in_a_line(monkeypatch):
         ("model.dit.width.x=1", "model.dit.width.x; nothing is below model.dit.width"),
     ],
 )
-def test_a_key_that_is_not_there_is_answered_with_what_is(monkeypatch, key, told):
-    words = ["main.py", f"--config={ROOT}/configs/stage1.py:tiny", f"--config.{key}"]
+@pytest.mark.parametrize("joint", ["=", " "])
+def test_a_key_that_is_not_there_is_answered_with_what_is(monkeypatch, key, told, joint):
+    words = ["main.py", *f"--config{joint}{ROOT}/configs/stage1.py:tiny".split(), f"--config.{key}"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match=f"^error: no such config key: {told}"):
         main.parse(words)

@@ -14,6 +14,7 @@ from rise_jax.plan import parameters
 from rise_jax.sharding import batch_sharding, make_mesh, replicated, shardings
 from rise_jax.step import make_train_step
 from rise_jax.trees import named_leaves
+from rise_jax.validate import clip_size
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +74,7 @@ def test_the_training_step_lowers(described):
 def test_the_sampler_lowers(described):
     _, _, config, outlined = described
     sample, model = config.sample, outlined.model
-    size = sample.frames, sample.height, sample.width
+    size = clip_size(sample, config.data)
     times = jax.eval_shape(lambda: sampler.times_for(sample.stepper, sample.steps, model.shift))
     make = partial(make_videos, model, shape=model.latent_shape(size), stepper=sample.stepper)
     guidance = jax.ShapeDtypeStruct((), jnp.float32)

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import demo
-from rise_jax.validate import clip_size, validate
+from rise_jax.validate import validate
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -112,11 +112,11 @@ def test_a_bucket_is_no_workdir():
 
 @pytest.mark.parametrize(("stage", "words"), [(1, "STAGE1"), (2, "STAGE2"), (2, "GENERATE"), (2, "EVALUATE")])
 def test_the_demos_commands_are_valid(stage, words, monkeypatch):
+    trains = words.startswith("STAGE")  # the others take the run's own
     words = ["main.py", *(word for word in getattr(demo, words) if word.startswith("--config."))]
     monkeypatch.setattr(sys, "argv", words)  # where ml_collections looks for the keys
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", str(ROOT / f"configs/stage{stage}.py"), flag_values=values)
     values(words)
     validate(values.config)
-    made = clip_size(values.config.sample, values.config.data)
-    assert made == tuple(values.config.data[name] for name in ("frames", "height", "width"))
+    assert trains == (values.config.data.height == 16) and values.config.sample.height == 0

@@ -1,5 +1,6 @@
 """Every published family against transformers + torch: full passes, decoding with a cache, and what is not supported."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax.numpy as jnp
@@ -42,6 +43,20 @@ def test_states_of_every_layer_and_logits_equal_transformers(folders, loaded, fa
         for found, layer in zip(states, expected, strict=True):
             assert families.parity(found, layer) < 1e-5
     assert loaded(family).identity["parameters"] == model.num_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inner_layers_behind_the_final_norm_are_what_transformers_norms(folders, loaded, family):
+    model, _ = folders(family)
+    llm = loaded(family)
+    normed = llm._replace(config=replace(llm.config, norm_inner=True))
+    states, _ = families.reader(normed)(IDS, np.arange(IDS.shape[1]))
+    given, _ = families.answers(model, IDS, np.arange(IDS.shape[1]))
+    with torch.no_grad():
+        expected = [model.model.norm(torch.tensor(state)).numpy() for state in given[:-1]]
+    for found, layer in zip(states, [*expected, given[-1]], strict=True):
+        assert families.parity(found, layer) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from folders import write_metadata
 from tiny import tiny_config, write_llm
 from written import write_run
 
-from rise_jax import runs
+from rise_jax import run_config
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.plan import plan
 from rise_jax.train import train
@@ -180,7 +180,7 @@ def test_a_plan_says_of_the_llms_texts_what_training_says(tmp_path, name, text, 
 def test_a_config_of_something_else_is_none_of_a_run(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="holds no run: its config.json is that of something else"):
-        runs.read_config(tmp_path)
+        run_config.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +204,11 @@ def test_what_the_backbone_goes_on_with_is_that_of_the_run(folder, tmp_path, par
     refused(changed, tmp_path / "run", told)
 
 
-def test_captions_for_calibration_are_not_asked_for_where_the_adapter_is_anothers(folder, tmp_path, caplog):
+def test_captions_for_calibration_are_not_asked_for_where_the_adapter_is_anothers(folder, tmp_path, caplog, capsys):
     config = config_of(folder, run__init_from=str(folder / "run"), model__calibrate="/nowhere.txt")
     assert plan(config, tmp_path / "run") == 0
     assert "model.calibrate=/nowhere.txt is not looked at: the adapter is that of" in caplog.text
+    assert "native encoder" not in capsys.readouterr().out
 
 
 def test_texts_over_their_budget_are_told_together_before_the_llm_writes(folder, tmp_path):

@@ -18,7 +18,8 @@ from rise_jax import Pipeline
 from rise_jax.build import model_from
 from rise_jax.language import states_in_batch
 from rise_jax.origin import check_parts
-from rise_jax.published import load_null
+from rise_jax.published import check_files, load_null
+from rise_jax.run_config import moved_paths
 from rise_jax.runs import initial_parameters, read_run
 from rise_jax.train import train
 from rise_jax.trees import named_leaves
@@ -113,6 +114,45 @@ def test_it_resumes_and_notices_files_that_changed(workdir, files, tmp_path):
     (moved / "config.json").write_text(json.dumps(written))
     with pytest.raises(ValueError, match="moved was trained with other files: dit changed since"):
         Pipeline.from_run(moved)
+
+
+def test_a_continuation_takes_moved_files_and_keeps_its_config_where_they_are_others(workdir, files, tmp_path):
+    run, there = tmp_path / "run", tmp_path / "files"
+    shutil.copytree(workdir, run)
+    shutil.copytree(files, there)
+    config = config_of(there, run__steps=3)
+    assert train(config, run) == 0
+    own = lambda: json.loads((run / "config.json").read_text())["model"]
+    assert own()["dit"]["path"] == str(there / "wan") and own()["null"] == str(there / "null.safetensors")
+    null = np.zeros((1, 3, 16), np.float32)
+    safetensors.numpy.save_file({"null": null}, tmp_path / "other.safetensors")
+    config.model.null, config.run.steps = str(tmp_path / "other.safetensors"), 4
+    with pytest.raises(ValueError, match="run was trained with other files: null changed since"):
+        train(config, run)
+    assert own()["null"] == str(there / "null.safetensors")
+
+
+def test_a_start_from_a_run_whose_files_were_moved_finds_them_by_its_own_config(workdir, files, tmp_path):
+    shutil.copytree(workdir, tmp_path / "origin")
+    config = json.loads((workdir / "config.json").read_text())
+    for part in ("dit", "vae"):
+        config["model"][part]["path"] = "/gone/wan"
+    config["model"]["null"] = "/gone/null.safetensors"
+    (tmp_path / "origin" / "config.json").write_text(json.dumps(config))
+    paths = moved_paths(tmp_path / "origin", config_of(files, 2).model)
+    assert paths == {"dit": str(files / "wan"), "vae": str(files / "wan"), "null": str(files / "null.safetensors")}
+    assert moved_paths(workdir, config_of(files, 2).model) == {}
+    found = named_leaves(read_run(tmp_path / "origin", 16, paths=paths).params)
+    for name, leaf in leaves(workdir).items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+
+
+def test_captions_are_asked_for_by_new_runs_alone(files, tmp_path):
+    config = config_of(files, model__null="native", model__calibrate=str(tmp_path / "captions.txt"))
+    config.model.update(condition="native", native=dict(path=str(write_umt5(tmp_path / "t5", width=16)), length=8))
+    check_files(config.model, calibrate=False)
+    with pytest.raises(FileNotFoundError, match="captions.txt' is no file"):
+        check_files(config.model)
 
 
 def test_stage_2_moves_its_patterns_alone_and_starts_low_rank_corrections_at_zero(workdir, files, tmp_path):

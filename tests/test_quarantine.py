@@ -2,7 +2,9 @@
 
 import json
 
-from rise_jax.data.loader import Quarantine
+import pytest
+
+from rise_jax.data.loader import Quarantine, quarantined
 
 
 def listed(file):
@@ -24,3 +26,10 @@ def test_a_line_that_is_not_finished_is_none_yet(tmp_path):
     with file.open("a") as other:
         other.write('{"path": "b.mp4", "rea')
     assert list(Quarantine(file, clips=2, max_bad=1.0).earlier) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("line", [b"{", b"\xff", b"[]", b'{"path": "a"}'])
+def test_a_damaged_line_is_told_with_its_file(tmp_path, line):
+    (tmp_path / "quarantine-1.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match="quarantine-1.jsonl is damaged .*: remove it, and clips"):
+        quarantined(tmp_path / "quarantine.jsonl")

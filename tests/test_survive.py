@@ -27,7 +27,7 @@ from faults import stop as stop_one
 from ml_collections import ConfigDict
 from tiny import WIDTH, on_one_device
 
-from rise_jax import runs
+from rise_jax import run_config, runs
 from rise_jax.build import model_from
 from rise_jax.checkpoint import Checkpoints
 from rise_jax.language import states_in_batch
@@ -114,7 +114,7 @@ def test_two_processes_by_the_local_launcher_make_the_videos_of_one(lab):
 
 
 def state_at_end(workdir: Path):
-    config = ConfigDict(runs.read_config(workdir))
+    config = ConfigDict(run_config.read_config(workdir))
     optimizer = make_optimizer(1.0, kind=config.optim.kind)
     abstract = runs.abstract_state(model_from(config.model, WIDTH, states_in_batch).abstract, optimizer, on_one_device)
     return Checkpoints(workdir / "checkpoints", read_only=True).restore(abstract, STEPS)[1]

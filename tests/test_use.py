@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import WIDTH, tiny_config, write_llm
 from written import write_run
 
-from rise_jax import Pipeline, runs
+from rise_jax import Pipeline, run_config
 from rise_jax.evaluate import evaluate
 from rise_jax.export import export
 from rise_jax.generate import generate
@@ -51,6 +51,14 @@ def test_videos_have_the_size_and_the_rate_of_the_runs_own_clips(folder):
     assert Pipeline.from_run(folder / "run")("a").videos.shape == (1, 5, 16, 24, 3)
 
 
+def test_a_size_that_the_run_was_given_for_its_own_samples_is_not_the_commands(folder, tmp_path):
+    """As with evaluate; in Python it is the default."""
+    write_run(trained(folder, sample__height=32), tmp_path / "run")
+    assert generate(typed(folder, prompts="a"), tmp_path / "run") == 0
+    assert read_video(tmp_path / "run" / "samples" / "000.mp4")[0].shape == (5, 16, 24, 3)
+    assert Pipeline.from_run(tmp_path / "run")("a").videos.shape == (1, 5, 32, 24, 3)
+
+
 def test_videos_have_the_size_that_is_asked_for(folder):
     assert generate(typed(folder, prompts="a", frames=1, width=16), folder / "run") == 0
     assert Image.open(folder / "run" / "samples" / "000.png").size == (16, 16)
@@ -84,20 +92,20 @@ def test_files_that_were_moved_are_told_by_their_paths(folder, tmp_path):
         Pipeline.from_run(tmp_path / "run")
     pipe = Pipeline.from_run(tmp_path / "run", paths={"llm": str(tmp_path / "llm")})
     np.testing.assert_array_equal(pipe("a").videos, Pipeline.from_run(folder / "run")("a").videos)
-    paths = runs.typed_paths(tmp_path / "run", {"model.llm.path": str(tmp_path / "llm")})
+    paths = run_config.typed_paths(tmp_path / "run", {"model.llm.path": str(tmp_path / "llm")})
     assert generate(typed(folder, prompts="a"), tmp_path / "run", paths) == 0
     with pytest.raises(ValueError, match="trained on the states of another LLM or condition: sha256 differ"):
         Pipeline.from_run(tmp_path / "run", paths={"llm": str(tmp_path / "other")})
-    with pytest.raises(ValueError, match="paths names 'lm'; files belong to llm, dit, vae, native"):
+    with pytest.raises(ValueError, match="paths names 'lm'; files belong to llm, dit, vae, native, null, instruction"):
         Pipeline.from_run(tmp_path / "run", paths={"lm": "/nowhere"})
 
 
 def test_what_the_run_has_settled_cannot_be_typed_otherwise(folder):
     own = {"data.width": 24, "model.dit.patch": (1, 8, 8), "model.llm.path": "/elsewhere"}
     free = {"run.steps": 9, "sample.steps": 3, "mesh.data": 2, "model.attention": "xla", "data.max_bad": 0.5}
-    assert runs.typed_paths(folder / "run", own | free) == {"llm": "/elsewhere"}
+    assert run_config.typed_paths(folder / "run", own | free) == {"llm": "/elsewhere"}
     with pytest.raises(ValueError, match="run was made with another config:") as told:
-        runs.typed_paths(folder / "run", own | {"data.width": 16, "model.dit.depth": 3, "model.dit.path": "wan"})
+        run_config.typed_paths(folder / "run", own | {"data.width": 16, "model.dit.depth": 3, "model.dit.path": "wan"})
     lines = str(told.value).splitlines()[1:]
     assert lines[:3] == ["  data.width: 24 -> 16", "  model.dit.depth: 2 -> 3", '  model.dit.path: "" -> "wan"']
     assert lines[3:] == ["Leave these out: the run's own values are used."]
@@ -116,10 +124,12 @@ def test_an_llm_of_another_width_is_called_another_llm(folder, tmp_path):
         (dict(sample__width=20), "sample.width=20 is not a multiple of .* 8 x 1; nearest: 16"),
         (dict(sample__frames=4), "sample.frames=4 is not 4n.1; nearest: 5"),
         (dict(sample__steps=0), "sample.steps=0 must be at least 1"),
+        (dict(data__max_bad=5.0), "data.max_bad=5.0 must be from 0 to 1; nearest: 1"),
+        (dict(run__seed=2**32), f"run.seed={2**32} must be at most {2**32 - 1}"),
         (dict(model__attention="cudn"), "model.attention='cudn' is unknown .nearest: cudnn"),
     ],
 )
 def test_what_the_runs_model_cannot_do_is_told(folder, changes, told):
     config = tiny_config(2, folder / "llm", **changes)
     with pytest.raises(ValueError, match=told):
-        check_use(config.sample, config.model, trained(folder))
+        check_use(config, trained(folder))

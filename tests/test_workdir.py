@@ -151,6 +151,15 @@ def test_a_workdir_that_cannot_be_made_or_written_is_named(tmp_path):
         lock_workdir(tmp_path / "file" / "run")
 
 
+def test_a_null_condition_may_be_another_path_and_what_is_new_may_be_off(tmp_path):
+    claim(tmp_path, changed(model={"null": "a.safetensors"}))
+    claim(tmp_path, changed(model={"null": "b.safetensors", "more": False}))
+    with pytest.raises(ValueError, match='model.null: "b.safetensors" -> "learned"'):
+        check_workdir(tmp_path, changed(model={"null": "learned", "more": False}))
+    with pytest.raises(ValueError, match="model.most: absent -> true"):
+        check_workdir(tmp_path, changed(model={"null": "b.safetensors", "more": False, "most": True}))
+
+
 @pytest.mark.parametrize("part", ["llm", "dit", "vae", "native"])
 def test_files_may_be_moved_but_not_added_or_dropped(tmp_path, part):
     config = lambda path: changed(model={part: {"path": path}})

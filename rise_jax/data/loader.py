@@ -57,12 +57,22 @@ def make_loader(
 
 
 def quarantined(file: str | os.PathLike) -> dict[str, str]:
-    """{clip: reason} of all that a quarantine file, and those of other processes beside it, name."""
+    """{clip: reason} of all that a quarantine file, and those of other processes beside it, name. ValueError for a damaged one."""
     first = Path(file)
     files = sorted(first.parent.glob(f"{first.stem}*{first.suffix}"))
     # What follows the last line end is nothing, or a line that another process is writing.
-    whole = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-    return {entry["path"]: entry["reason"] for entry in map(json.loads, whole)}
+    whole = [(file, line) for file in files for line in file.read_bytes().split(b"\n")[:-1]]
+    return dict(_entry(file, line) for file, line in whole)
+
+
+def _entry(file: Path, line: bytes) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+        return entry["path"], entry["reason"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): remove it, and clips that cannot be read are listed anew"
+        ) from error
 
 
 class Quarantine:

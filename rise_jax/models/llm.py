@@ -165,6 +165,7 @@ class LLM(nnx.Module):
         carry = x, jnp.zeros((len(inner), *x.shape), x.dtype)
         (x, kept), (key, value) = run(call, carry, ([(part.key, part.value) for part in past], *flags))
         final = self.final_norm(x)
+        kept = self.final_norm(kept) if config.norm_inner else kept
         states = [kept[inner.index(layer)] if layer < config.depth else final for layer in kept_layers]
         return final if keep is None else jnp.stack(states), Past(key, value, mask, positions)
 

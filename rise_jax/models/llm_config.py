@@ -32,6 +32,9 @@ class LLMConfig:
     local: tuple[bool, ...] = ()
     window: int = 0
     local_rope_base: float = 10_000.0
+    norm_inner: bool = (
+        False  # the states of inner layers are given behind the final norm too: a choice, no part of a family
+    )
 
     def layer_index(self, layer: int) -> int:
         """`layer` counted from 0: the embeddings, each layer's output, the last one normed (transformers' `hidden_states`).
