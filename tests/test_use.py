@@ -100,6 +100,13 @@ def test_files_that_were_moved_are_told_by_their_paths(folder, tmp_path):
         Pipeline.from_run(tmp_path / "run", paths={"lm": "/nowhere"})
 
 
+def test_another_vae_than_in_training_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("written.load_vae", lambda path: ({}, {"sha256": "c0de"}))
+    write_run(trained(folder), tmp_path / "run")
+    with pytest.raises(ValueError, match="run was trained on another VAE: {'sha256': 'c0de'} then, {} now"):
+        Pipeline.from_run(tmp_path / "run")
+
+
 def test_what_the_run_has_settled_cannot_be_typed_otherwise(folder):
     own = {"data.width": 24, "model.dit.patch": (1, 8, 8), "model.llm.path": "/elsewhere"}
     free = {"run.steps": 9, "sample.steps": 3, "mesh.data": 2, "model.attention": "xla", "data.max_bad": 0.5}
