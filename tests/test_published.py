@@ -10,17 +10,11 @@ import safetensors.numpy
 import torch
 import wan
 import wan_vae
-from encoders import write_umt5
-from tiny import on_one_device, tiny_config, write_llm
-from transformers import UMT5EncoderModel
+from published_parts import config_of, null_of, write_files
 
 from rise_jax import Pipeline
-from rise_jax.build import model_from
-from rise_jax.language import states_in_batch
-from rise_jax.origin import check_parts
-from rise_jax.published import check_files, load_null
 from rise_jax.run_config import moved_paths
-from rise_jax.runs import initial_parameters, read_run
+from rise_jax.runs import read_run
 from rise_jax.train import train
 from rise_jax.trees import named_leaves
 from rise_jax.validate import validate
@@ -29,33 +23,10 @@ from rise_jax.weights_wan_vae import load_wan_vae
 
 pytestmark = pytest.mark.slow
 
-SIZES = dict(channels=5, patch=(1, 2, 2), heads=2, head_width=12, mlp_width=32, depth=2, d_ctx=16, text_len=164)
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A pipeline's folder as diffusers writes it, a language model, and a null condition."""
-    folder = tmp_path_factory.mktemp("files")
-    wan.build_torch(**SIZES).save_pretrained(folder / "wan" / "transformer")
-    wan_vae.reference(wan_vae.SMALL).save_pretrained(folder / "wan" / "vae")
-    null = np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
-    safetensors.numpy.save_file({"null": null}, folder / "null.safetensors")
-    write_llm(folder / "llm")
-    return folder
-
-
-def config_of(files, stage=1, **overrides):
-    """The adapter alone is trained, on the tiny published parts."""
-    config = tiny_config(stage, files / "llm", data__frames=5, run__steps=2, run__batch_size=8, data__texts=3)
-    config.model.dit.update(path=str(files / "wan"), patch=SIZES["patch"], coordinates=False, low_rank=0)
-    config.model.vae.path = str(files / "wan")
-    config.model.update(null=str(files / "null.safetensors"), trainable=("^adapter/",), prediction="velocity")
-    config.optim.update(drop=0.0, learning_rate=0.1)
-    config.sample.update(frames=5)
-    for name, value in overrides.items():
-        group, key = name.split("__")
-        (config.model.dit if group == "dit" else config[group])[key] = value
-    return config
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +118,6 @@ def test_a_start_from_a_run_whose_files_were_moved_finds_them_by_its_own_config(
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
 
 
-def test_captions_are_asked_for_by_new_runs_alone(files, tmp_path):
-    config = config_of(files, model__null="native", model__calibrate=str(tmp_path / "captions.txt"))
-    config.model.update(condition="native", native=dict(path=str(write_umt5(tmp_path / "t5", width=16)), length=8))
-    check_files(config.model, calibrate=False)
-    with pytest.raises(FileNotFoundError, match="captions.txt' is no file"):
-        check_files(config.model)
-
-
 def test_stage_2_moves_its_patterns_alone_and_starts_low_rank_corrections_at_zero(workdir, files, tmp_path):
     patterns = ("^adapter/", "cross_attn/(key|value)/", "/low_rank_")
     config = config_of(files, 2, run__init_from=str(workdir), model__trainable=patterns)
@@ -226,76 +189,6 @@ def test_tensors_that_do_not_fit_are_told_before_the_llm_works(files, tmp_path, 
     with pytest.raises(ValueError, match=f"missing: {lost}"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists(), "a start that failed leaves nothing"
-
-
-def test_a_null_condition_of_another_width_is_refused(files, tmp_path):
-    safetensors.numpy.save_file({"null": np.zeros((1, 3, 8), np.float32)}, tmp_path / "null.safetensors")
-    with pytest.raises(ValueError, match=r"must give one tensor `null` \[1, L, 16\], found {'null': \(1, 3, 8\)}"):
-        train(config_of(files, model__null=str(tmp_path / "null.safetensors")), tmp_path / "run")
-
-
-def test_the_native_null_condition_is_the_encoders_empty_text(files, tmp_path):
-    """Its end token alone, as transformers encodes it."""
-    folder = write_umt5(tmp_path / "t5", width=16)
-    config = config_of(files, model__null="native")
-    config.model.native.path = str(folder)
-    value, origin = load_null(config.model)
-    with torch.no_grad():
-        model = UMT5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16)
-        theirs = model(torch.tensor([[1]])).last_hidden_state.float().numpy()
-    assert value.shape == (1, 1, 16) and origin.startswith("encoder ")
-    np.testing.assert_allclose(value, theirs, atol=0.05 * np.abs(theirs).max())
-
-
-def test_the_adapters_output_starts_with_the_native_encoders_mean_and_spread(files, tmp_path):
-    """Over all tokens of the captions, end tokens included, padding not, however many make a batch."""
-    folder, captions = write_umt5(tmp_path / "t5", width=16), ["red", "red red blue", "blue"] * 12
-    (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n")
-    config = config_of(files, model__calibrate=str(tmp_path / "captions.txt"))
-    config.model.native.update(path=str(folder), length=8, dtype="float32")
-    heard = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32), np.ones((2, 3), bool)
-    ours = model_from(config.model, 16, states_in_batch)
-    started = initial_parameters(ours, config, None, {}, heard, on_one_device).tree
-    model = UMT5EncoderModel.from_pretrained(folder)
-    with torch.no_grad():
-        states = [model(torch.tensor([ids])).last_hidden_state[0] for ids in ([3, 1], [3, 3, 2, 1], [2, 1])]
-    expected = torch.cat(states).numpy()
-    norm = started["adapter"]["output_norm"]
-    np.testing.assert_allclose(norm["bias"], expected.mean(0), atol=1e-5)
-    np.testing.assert_allclose(norm["scale"], expected.std(0), atol=1e-5)
-    (tmp_path / "captions.txt").write_text("\n")
-    with pytest.raises(ValueError, match="holds no caption"):
-        train(config, tmp_path / "other")
-
-
-def null_of(config, source):
-    """The null condition that a run with this config starts with from the run `source`."""
-    model = model_from(config.model, source.config.model.adapter.d_ctx, states_in_batch)
-    heard = np.zeros((1, 2, 16), np.float32), np.ones((1, 2), bool)
-    return np.asarray(
-        initial_parameters(model, config, source, source.meta["llm"], heard, on_one_device).tree["null"]["embedding"]
-    )
-
-
-def test_a_native_null_condition_is_asked_for_once_and_gives_way_to_another(files, tmp_path):
-    """What a run keeps of the encoder, its continuation and the next stage need no encoder for."""
-    folder = write_umt5(tmp_path / "t5", width=16)
-    config = config_of(files, model__null="native", run__steps=1)
-    config.model.native.path = str(folder)
-    assert train(config, tmp_path / "run") == 0
-    value = load_null(config.model)[0]
-    shutil.rmtree(folder)
-    config.run.steps = 2
-    assert train(config, tmp_path / "run") == 0
-    source = read_run(tmp_path / "run", 16)
-    np.testing.assert_array_equal(null_of(config, source), value)
-    given = config_of(files, model__null=str(files / "null.safetensors"))
-    expected = safetensors.numpy.load_file(files / "null.safetensors")["null"]
-    assert expected.shape != value.shape
-    np.testing.assert_array_equal(null_of(given, source), expected)
-    check_parts(
-        given, *(model_from(each.model, 16, states_in_batch).abstract for each in (given, config)), tmp_path / "run"
-    )
 
 
 def test_a_start_on_another_file_of_the_backbone_is_told(workdir, files, tmp_path, caplog):
