@@ -92,12 +92,18 @@ def test_bfloat16_leaves_the_islands_of_wan_in_float32():
     graph, _ = build(**config | {"dtype": jnp.bfloat16})
     latents, t, context = make_inputs(context_length=3, **config)
     width = config["heads"] * config["head_width"]
-    trace = jax.make_jaxpr(lambda params: forward(graph, params, latents, t, context))(params)
-    dtypes, products = collections.defaultdict(set), collections.defaultdict(set)
+
+    def plain(params):
+        dit = nnx.merge(graph, params)
+        return dit(jnp.asarray(latents), jnp.asarray(t), dit.kv(jnp.asarray(context)))
+
+    trace = jax.make_jaxpr(plain)(params)
+    dtypes, products, exact = collections.defaultdict(set), collections.defaultdict(set), []
     for equation in equations(trace.jaxpr):
         first, *others = [variable.aval for variable in equation.invars] or [None]
         if equation.primitive.name == "dot_general" and others[0].ndim == 2:
             products[others[0].shape].add(others[0].dtype.name)
+            exact += [others[0].shape] if others[0].dtype == jnp.float32 and is_highest(equation) else []
         elif first is not None:
             dtypes[equation.primitive.name].add(first.dtype.name)
         if equation.primitive.name == "mul" and first.shape == (2, np.prod(GRID), width):
@@ -107,12 +113,19 @@ def test_bfloat16_leaves_the_islands_of_wan_in_float32():
     module = nnx.eval_shape(lambda: nnx.merge(graph, params))
     norms = [part for _, part in nnx.iter_modules(module) if isinstance(part, nnx.LayerNorm | nnx.RMSNorm)]
     assert [norm.dtype for norm in norms] == [jnp.float32] * 8  # three and four of a block, one at the end
+    assert sorted(exact) == sorted(
+        [(256, width), (width, width), (width, 6 * width)]
+    )  # or TPUs would round them to bf16
     patch, mlp, text = 4 * 4, config["mlp_width"], config["d_ctx"]
     assert products.pop((width, width)) == {"float32", "bfloat16"}  # time, and everything else
     assert {shape for shape, found in products.items() if found == {"float32"}} == {(256, width), (width, 6 * width)}
     assert {shape for shape, found in products.items() if found == {"bfloat16"}} == {
         *((patch, width), (text, width), (width, mlp), (mlp, width), (width, patch))
     }
+
+
+def is_highest(equation):
+    return equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
 
 
 def equations(program):

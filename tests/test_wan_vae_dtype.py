@@ -48,7 +48,12 @@ def test_the_config_says_in_which_it_computes(dtype, tmp_path):
     config = tiny_config(1, tmp_path, model__vae__path=str(tmp_path), model__vae__dtype=dtype)
     model, latents = model_from(config.model, 8, states_in_batch), jnp.zeros((1, 2, 8, 12, SMALL["z_dim"]))
     for program, values in ((model.encode, video(1, 5, 16, 24)), (model.decode, latents)):
-        assert ("bf16" in str(jax.make_jaxpr(program)(found.params, values))) == (dtype == "bfloat16")
+        trace = str(jax.make_jaxpr(program)(found.params, values))
+        assert ("bf16" in trace) == (dtype == "bfloat16")
+        convolutions = trace.split("conv_general_dilated[")[
+            1:
+        ]  # which a TPU would compute in bf16 unless asked for more
+        assert all(("Precision.HIGH" in told[:600]) == (dtype == "float32") for told in convolutions)
 
 
 def test_videos(ours):

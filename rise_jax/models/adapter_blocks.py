@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rise_jax.models.attention import XLA, Backend, attention
-from rise_jax.models.layers import merge_heads, sinusoid, split_heads
+from rise_jax.models.layers import EXACT, merge_heads, sinusoid, split_heads
 
 TIME_CHANNELS = 320  # sinusoid of 1000 t, as ELLA and Stable Diffusion
 
@@ -91,7 +91,9 @@ class Norm(nnx.Module):
     def __init__(self, width, time_width, *, rngs):
         self.norm = layer_norm(width, affine=time_width is None, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
-        self.modulation = nnx.Linear(time_width, 2 * width, kernel_init=zeros, rngs=rngs) if time_width else None
+        self.modulation = (
+            nnx.Linear(time_width, 2 * width, kernel_init=zeros, rngs=rngs, **EXACT) if time_width else None
+        )
 
     def __call__(self, x, time):
         x = self.norm(x)
@@ -105,8 +107,8 @@ class TimeEmbedding(nnx.Module):
     """t [B] -> [B, width] in fp32: sinusoid of 1000 t, Linear, SiLU, Linear."""
 
     def __init__(self, width, *, rngs):
-        self.up = nnx.Linear(TIME_CHANNELS, width, rngs=rngs)
-        self.down = nnx.Linear(width, width, rngs=rngs)
+        self.up = nnx.Linear(TIME_CHANNELS, width, rngs=rngs, **EXACT)
+        self.down = nnx.Linear(width, width, rngs=rngs, **EXACT)
 
     def __call__(self, t):
         return self.down(nnx.silu(self.up(sinusoid(1000 * t, TIME_CHANNELS))))

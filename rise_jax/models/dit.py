@@ -13,7 +13,7 @@ from flax import nnx
 
 from rise_jax.axes import Array, Float, typed
 from rise_jax.models.attention import XLA, Backend, attention, self_attention
-from rise_jax.models.layers import LowRankLinear, merge_heads, scan_blocks, sinusoid, split_heads, stack
+from rise_jax.models.layers import EXACT, LowRankLinear, merge_heads, scan_blocks, sinusoid, split_heads, stack
 from rise_jax.sharding import place_samples, place_tokens, sequence_padding
 
 TIME_SCALE = 1000.0  # published models take t in [0, 1000]
@@ -75,7 +75,9 @@ def coordinate_channels(frames: int, height: int, width: int) -> np.ndarray:
 
 
 def _norm(width: int, eps: float, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=eps, use_bias=affine, use_scale=affine, dtype=jnp.float32, rngs=rngs)
+    # The variance in one pass, which is nnx's default, loses digits to the square of a mean far from zero.
+    options = dict(epsilon=eps, use_bias=affine, use_scale=affine, dtype=jnp.float32, use_fast_variance=False)
+    return nnx.LayerNorm(width, **options, rngs=rngs)
 
 
 def _modulate(x: Array, scale: Array, shift: Array, dtype) -> Array:
@@ -191,9 +193,9 @@ class DiT(nnx.Module):
         self.patch_in = nnx.Linear(in_values, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.text_up = nnx.Linear(d_ctx, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.text_down = nnx.Linear(width, width, dtype=dtype, kernel_init=xavier, rngs=rngs)
-        self.time_up = nnx.Linear(FREQUENCIES, width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
-        self.time_down = nnx.Linear(width, width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
-        self.time_rows = nnx.Linear(width, 6 * width, dtype=jnp.float32, kernel_init=xavier, rngs=rngs)
+        self.time_up = nnx.Linear(FREQUENCIES, width, kernel_init=xavier, rngs=rngs, **EXACT)
+        self.time_down = nnx.Linear(width, width, kernel_init=xavier, rngs=rngs, **EXACT)
+        self.time_rows = nnx.Linear(width, 6 * width, kernel_init=xavier, rngs=rngs, **EXACT)
         options = dict(eps=eps, low_rank=low_rank, dtype=dtype, backend=backend)
         self.blocks = stack(lambda *, rngs: Block(width, mlp_width, heads, **options, rngs=rngs), depth, rngs)
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width)) / width**0.5)

@@ -10,6 +10,10 @@ from flax import nnx
 from rise_jax.axes import Array
 from rise_jax.models.remat import recomputed
 
+# Of a linear layer that stays in fp32 whatever the rest computes in: TPUs round what such a product reads to bf16 by default, GPUs to
+# TF32.
+EXACT = dict(dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+
 
 def stack(make: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`make(rngs=...)` vmapped over `depth` keys: one module whose Params carry a leading layer axis."""

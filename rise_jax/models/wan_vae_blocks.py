@@ -34,10 +34,18 @@ class Past:
 
 
 def convolve_frames(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """2-D convolution of every frame, with a zero on every side: [B, T, H, W, I] with [kh, kw, I, O] -> [B, T, H', W', O]."""
+    """2-D convolution of every frame, with a zero on every side: [B, T, H, W, I] with [kh, kw, I, O] -> [B, T, H', W', O].
+
+    In fp32 a GPU computes it in TF32, as torch does, and a TPU in three passes of bf16, not in the one of its default.
+    """
     padding = "VALID" if kernel.shape[0] == 1 else ((1, 1), (1, 1))
     y = jax.lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[2:]), kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x.reshape(-1, *x.shape[2:]),
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=jax.lax.Precision.HIGH if x.dtype == jnp.float32 else None,
     )
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
