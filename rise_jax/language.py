@@ -244,13 +244,16 @@ def identity_of(
 
 def instruction_file(name: str) -> Path:
     """Of `model.llm.instruction`: the name of a shipped one, or a path. Raises FileNotFoundError with the nearest name."""
-    file = INSTRUCTIONS / f"{name}.txt"
-    file = file if file.is_file() else Path(name)
+    file = INSTRUCTIONS / f"{name}.txt" if name in shipped_instructions() else Path(name)
     if not file.is_file():
-        shipped = sorted(path.stem for path in INSTRUCTIONS.glob("*.txt"))
-        near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(name, shipped_instructions(), n=1, cutoff=0.0)[0]
         raise FileNotFoundError(f"model.llm.instruction={name!r} is no file; nearest of those shipped: {near}")
     return file
+
+
+def shipped_instructions() -> list[str]:
+    """The names that `model.llm.instruction` may give instead of a path."""
+    return sorted(path.stem for path in INSTRUCTIONS.glob("*.txt"))
 
 
 def batch_size(mesh: Mesh | None, texts: int = BATCH) -> int:

@@ -7,12 +7,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rise_jax.language import shipped_instructions
+from rise_jax.published import LEARNED, NATIVE, PIXELS
+from rise_jax.weights import EMBEDDED
 from rise_jax.workdir import flattened, may_differ
 
 GROUPS = ("model", "data", "optim", "sample", "run")  # of a run's config
 #: What of a model lies in files: the key that says where.
 PARTS = {part: f"model.{part}.path" for part in ("llm", "dit", "vae", "native")}
 PARTS |= {"null": "model.null", "instruction": "model.llm.instruction"}
+
+#: Values of these keys that are no paths.
+WORDS = {"llm": (EMBEDDED,), "vae": (PIXELS,), "null": (LEARNED, NATIVE), "instruction": shipped_instructions()}
 
 
 def read_config(workdir: Path) -> dict:
@@ -46,8 +52,8 @@ def moved_paths(workdir: Path, model: ConfigDict) -> dict[str, str]:
     """For `config_at`: where the files that a run's config names, and that are gone, lie by the `model` group of another config."""
     theirs, ours = (flattened({"model": group}) for group in (read_config(workdir)["model"], model.to_dict()))
     pairs = {part: (theirs.get(key), ours.get(key)) for part, key in PARTS.items()}
-    gone = lambda path: isinstance(path, str) and "/" in path and not Path(path).exists()
-    return {part: now for part, (was, now) in pairs.items() if gone(was) and now and Path(now).exists()}
+    gone = lambda part, path: path and path not in WORDS.get(part, ()) and not Path(path).exists()
+    return {part: now for part, (was, now) in pairs.items() if gone(part, was) and now and Path(now).exists()}
 
 
 def typed_paths(workdir: Path, typed: Mapping[str, Any]) -> dict[str, str]:

@@ -30,11 +30,12 @@ from rise_jax.trees import combine, named_leaves, nested, partition, tree_sha256
 
 LOG = logging.getLogger(__name__)
 RANDOM, FILE = "random", "file "
+NO_STEP = 2**32 - 1  # what random parameters fold into the key of their run, as each step folds its number
 NULL = "null/embedding"  # the leaf of a null condition that is not learned
 
 
 class Parameters(NamedTuple):
-    """All leaves of a model and where each came from, by path: 'random', 'run SHA step N' or 'file SHA'."""
+    """All leaves of a model and where each came from, by path: 'random', 'run SHA step N' (the start of its ema_sha256) or 'file SHA'."""
 
     tree: dict
     provenance: dict[str, str]
@@ -75,11 +76,12 @@ def read_run(
     place: Callable | None = None,
     backend: Backend = XLA,
     paths: Mapping[str, str] = MappingProxyType({}),
+    published_too: bool = True,
 ) -> Run:
     """The newest good checkpoint of a run, which stays as it is; `d_llm` is the width of the LLM it was trained on.
 
     `place(tree)` gives the shardings of its leaves, None: one device; `backend` is that of the model's attention; `paths` as in
-    `config_at`.
+    `config_at`. Without `published_too`, frozen leaves that came from published files are left out: those of a DiT of 14 B fill a device.
     Raises FileNotFoundError when there is no checkpoint, ValueError naming every leaf that does not fit.
     """
     config = config_at(workdir, paths)
@@ -93,6 +95,8 @@ def read_run(
     if found is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
     step, state, meta = found
+    left_out = lambda name: not published_too and meta["provenance"][name].startswith(FILE)
+    rest = nested({name: leaf for name, leaf in named_leaves(rest).items() if not left_out(name)})
     frozen = read_frozen(Path(workdir), config.model, rest, model.abstract, meta["provenance"], place)
     return Run(config, model, meta, step, combine(state.ema, frozen), set(named_leaves(state.ema)))
 
@@ -169,7 +173,8 @@ def initial_parameters(
     new = [name for name in names if name not in leaves]
     if new:
         chosen = lambda key: {name: leaf for name, leaf in named_leaves(model.init(key)).items() if name in new}
-        made = jax.jit(chosen, out_shardings={name: targets[name] for name in new})(jax.random.key(config.run.seed))
+        key = jax.random.fold_in(jax.random.key(config.run.seed), NO_STEP)
+        made = jax.jit(chosen, out_shardings={name: targets[name] for name in new})(key)
         leaves, origins = leaves | made, origins | dict.fromkeys(new, RANDOM)
     tree = nested({name: leaves[name] for name in names})
     if not source and "adapter" in tree:
@@ -182,15 +187,14 @@ def initial_parameters(
 
 
 def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[dict, dict]:
-    """({path: leaf}, {path: origin}) of a run, without what it had from published files itself and this one has too."""
+    """({path: leaf}, {path: origin}) of the leaves of a run that this one does not have from published files itself."""
     check_heard("run.init_from", source.meta["llm"], llm)
     own = named_leaves(source.params)
     if replaces_null(source.config.model, config.model):
         own.pop(NULL, None)
     check_fit(own, names, published.held(config.model, names))
-    again = lambda name: name not in source.trained and source.meta["provenance"][name].startswith(FILE)
-    kept = {name: leaf for name, leaf in own.items() if not (again(name) and config.model.dit.path)}
-    return kept, dict.fromkeys(kept, f"run {tree_sha256(source.params)[:12]} step {source.step}")
+    ema = nested({name: leaf for name, leaf in named_leaves(source.params).items() if name in source.trained})
+    return own, dict.fromkeys(own, f"run {tree_sha256(ema)[:12]} step {source.step}")
 
 
 def replaces_null(theirs: ConfigDict, ours: ConfigDict) -> bool:

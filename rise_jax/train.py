@@ -218,8 +218,7 @@ def _state(config, workdir, checkpoints, model, optimizer, identities, heard, or
         runs.check_vae(str(workdir), meta["vae"], identities["vae"])
         frozen = runs.read_frozen(workdir, config.model, rest, model.abstract, meta["provenance"], place)
         return step, state, frozen, meta
-    paths = run_config.moved_paths(origin, config.model) if origin else {}
-    source = runs.read_run(origin, heard[0].shape[-1], place, paths=paths) if origin else None
+    source = _source(config, origin, heard[0].shape[-1], place) if origin else None
     if source:
         LOG.info("starting from the EMA of %s, step %d", origin, source.step)
     params, provenance = runs.initial_parameters(model, config, source, identities["llm"], heard, place)
@@ -229,6 +228,12 @@ def _state(config, workdir, checkpoints, model, optimizer, identities, heard, or
     state = runs.born_state(trained, optimizer, place)
     meta = {"config": config.to_dict(), "provenance": provenance, "versions": _versions()} | identities
     return 0, state, frozen, meta
+
+
+def _source(config, origin: Path, d_llm: int, place) -> runs.Run:
+    """The run to start from, without what comes from published files here too."""
+    paths = run_config.moved_paths(origin, config.model)
+    return runs.read_run(origin, d_llm, place, paths=paths, published_too=not config.model.dit.path)
 
 
 def _announce(config, source, start, state, frozen, where) -> None:

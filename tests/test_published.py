@@ -103,11 +103,12 @@ def test_a_continuation_takes_moved_files_and_keeps_its_config_where_they_are_ot
     assert own()["null"] == str(there / "null.safetensors")
 
 
-def test_a_start_from_a_run_whose_files_were_moved_finds_them_by_its_own_config(workdir, files, tmp_path):
+@pytest.mark.parametrize("name", ["/gone/wan", "Wan-gone"])
+def test_a_start_from_a_run_whose_files_were_moved_finds_them_by_its_own_config(name, workdir, files, tmp_path):
     shutil.copytree(workdir, tmp_path / "origin")
     config = json.loads((workdir / "config.json").read_text())
     for part in ("dit", "vae"):
-        config["model"][part]["path"] = "/gone/wan"
+        config["model"][part]["path"] = name
     config["model"]["null"] = "/gone/null.safetensors"
     (tmp_path / "origin" / "config.json").write_text(json.dumps(config))
     paths = moved_paths(tmp_path / "origin", config_of(files, 2).model)
@@ -116,6 +117,9 @@ def test_a_start_from_a_run_whose_files_were_moved_finds_them_by_its_own_config(
     found = named_leaves(read_run(tmp_path / "origin", 16, paths=paths).params)
     for name, leaf in leaves(workdir).items():
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    config["model"] |= {"null": "learned", "vae": {"path": "pixels"}, "dit": {"path": ""}}
+    (tmp_path / "origin" / "config.json").write_text(json.dumps(config))
+    assert moved_paths(tmp_path / "origin", config_of(files, 2).model) == {}  # words, and other files instead of none
 
 
 def test_stage_2_moves_its_patterns_alone_and_starts_low_rank_corrections_at_zero(workdir, files, tmp_path):
@@ -137,7 +141,17 @@ def test_stage_2_moves_its_patterns_alone_and_starts_low_rank_corrections_at_zer
     assert all(np.abs(after[name]).max() > 0 for name in added), "B moves off zero once it is trained"
     origins = provenance(tmp_path / "second")
     assert origins["dit/patch_in/kernel"].startswith("file ")  # not a copy of a copy
-    assert origins["adapter/project_in/kernel"].startswith("run ")
+    trained = json.loads((workdir / "summary.json").read_text())[
+        "ema_sha256"
+    ]  # the frozen DiT's bytes are not looked at
+    assert origins["adapter/project_in/kernel"] == f"run {trained[:12]} step 2"
+
+
+def test_a_run_is_read_without_its_published_parts(workdir):
+    run = read_run(workdir, 16, published_too=False)
+    assert {name.split("/")[0] for name in named_leaves(run.params)} == {"adapter"}
+    for name, leaf in named_leaves(run.params).items():
+        np.testing.assert_array_equal(leaf, leaves(workdir)[name], err_msg=name)
 
 
 @pytest.mark.parametrize(

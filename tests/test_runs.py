@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -141,6 +142,15 @@ def test_new_parameters_are_random_and_calibrated_on_what_is_heard(left):
     for name, leaf in named_leaves(params).items():
         np.testing.assert_allclose(again[name], leaf, rtol=1e-5, atol=1e-6)
     assert any((other[name] != leaf).any() for name, leaf in named_leaves(params).items())
+
+
+def test_new_parameters_are_drawn_from_no_key_that_the_run_uses_again(left):
+    model = model_from(left.config.model, WIDTH, states_in_batch)
+    heard = np.ones((1, 2, WIDTH), np.float32), np.ones((1, 2), bool)
+    params = runs.initial_parameters(model, left.config, None, {}, heard, on_one_device).tree
+    init, root = jax.jit(model.init), jax.random.key(left.config.run.seed)
+    for key in (root, jax.random.fold_in(root, 0), jax.random.fold_in(root, 1)):  # the run's, and those of its steps
+        assert (init(key)["dit"]["patch_in"]["kernel"] != params["dit"]["patch_in"]["kernel"]).any()
 
 
 def test_nothing_is_kept_where_nothing_is_frozen(tmp_path):
