@@ -97,21 +97,30 @@ def _run() -> int:
     processes.join_processes(HEARTBEAT.value, DISTRIBUTED.value)
     if not processes.is_first():
         logging.getLogger().setLevel(logging.WARNING)
-    config = CONFIG.value
+    config, typed = CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
+    _refuse_labels(typed)
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
     with processes.one_voice():
-        code = mode_function(MODE.value)(config, workdir, **_moved(workdir))
+        code = mode_function(MODE.value)(config, workdir, **_moved(workdir, typed))
         processes.meet("the end")
     return code
 
 
-def _moved(workdir: Path) -> dict:
+def _refuse_labels(typed: dict) -> None:
+    for key in ("run.stage", "run.preset"):
+        if key in typed:
+            raise ValueError(
+                f"config.{key}={typed[key]} would rename the run and change nothing else; nearest: --config=configs/STAGE.py:PRESET"
+            )
+
+
+def _moved(workdir: Path, typed: dict) -> dict:
     """For the modes that use a run: where its files lie now, if typed. What else of model and data is typed has to be the run's."""
     if MODE.value not in ("generate", "evaluate", "export"):
         return {}
     from rise_jax.run_config import typed_paths
 
-    return {"paths": typed_paths(workdir, config_flags.get_override_values(flags.FLAGS["config"]))}
+    return {"paths": typed_paths(workdir, typed)}
 
 
 def _explain(error: Exception) -> int:

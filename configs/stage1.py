@@ -45,9 +45,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         llm={},
         adapter={},
         dit={},
-        vae=dict(
-            path="pixels", dtype="float32"
-        ),  # or a Wan VAE: its folder or .safetensors file, and what it computes in
+        vae=dict(  # or a Wan VAE: its folder or .safetensors file, and what it computes in
+            path="pixels",
+            dtype="float32",
+            tile=0,  # side of the pieces, in pixels, in which it works on large frames to save memory; 0: whole
+        ),
         native=dict(
             path="", length=512, dtype="bfloat16"
         ),  # a T5 or umT5 encoder: its folder, and the most tokens of a text

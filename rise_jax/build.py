@@ -106,7 +106,7 @@ def model_from(
     published = dit.pop("path")
     d_ctx, text_len = adapter["d_ctx"], dit["text_len"]
     coder = vae or open_vae(model.vae.path)
-    coding = {"dtype": jnp.dtype(model.vae.get("dtype", "float32"))} if isinstance(coder, WanVAE) else {}
+    coding = _coding(model.vae) if isinstance(coder, WanVAE) else {}
     learned = model.null == LEARNED
     dit["patch"] = tuple(dit["patch"])
     adapter_graph, adapter_abstract, adapter_init = _split(
@@ -157,6 +157,17 @@ def model_from(
         shift=model.shift,
         time_cond=adapter["time_cond"] != "off",
     )
+
+
+def in_tiles(model: Model, tile: int) -> Model:
+    """The same model with a Wan VAE that works in pieces of `tile` pixels, which changes nothing beyond rounding."""
+    encode, decode = (partial(call, tile=tile) for call in (model.encode, model.decode))
+    return dataclasses.replace(model, encode=encode, decode=decode)
+
+
+def _coding(vae: ConfigDict) -> dict:
+    """What WanVAE's encode and decode take beside their input, by the settings of `model.vae`."""
+    return {"dtype": jnp.dtype(vae.get("dtype", "float32")), "tile": vae.get("tile", 0) or None}
 
 
 def _with_dtypes(abstract: dict, trainable: list[str], dtype) -> dict:

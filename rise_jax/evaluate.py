@@ -37,13 +37,14 @@ _BESIDE = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "ke
 def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = MappingProxyType({})) -> int:
     """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts of its data.
 
-    `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh, the back ends of attention, data.max_bad and run.seed
-    (which prompts of the scenes are held out for it) are used.
+    `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh, the back ends of attention, the VAE's tile, data.max_bad
+    and run.seed (which prompts of the scenes are held out for it) are used.
     """
     check_use(config, run_config.config_at(workdir, paths))
     mesh, backend = make_mesh(**config.mesh), backend_from(config.model)
     print(f"{describe(mesh)}, {describe_attention(config.model, backend, mesh)}", flush=True)
-    pipe = Pipeline.from_run(workdir, paths=paths, mesh=mesh, backend=backend)
+    tile = config.model.vae.get("tile", 0)
+    pipe = Pipeline.from_run(workdir, paths=paths, mesh=mesh, backend=backend, tile=tile)
     source = _held_out(pipe.config.data, config.sample.count, config.run.seed)
     prompts = [text.prompt for text in source.texts[: config.sample.count]]
     seeds = [config.sample.seed + i for i in range(len(prompts))]

@@ -47,7 +47,7 @@ class Made(NamedTuple):
 
 def generate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = MappingProxyType({})) -> int:
     """Writes into WORKDIR/samples: NNN.mp4 or NNN.png per prompt, samples.jsonl, contact_sheet.png. The model is the workdir's run;
-    `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh and the back ends of attention are used.
+    `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh, the back ends of attention and the VAE's tile are used.
 
     Every run of `sample.beside` makes the same prompts with the same seeds, kept in N-NAME/ there; contact_sheet.png then has a
     column per run. Where files of theirs are gone, those of the workdir's run are tried. Nothing is written before all is made.
@@ -84,7 +84,8 @@ def _make(
     backend: Backend,
     paths: Mapping[str, str],
 ) -> Made:
-    pipe = Pipeline.from_run(workdir, paths=paths, mesh=mesh, backend=backend)
+    tile = config.model.vae.get("tile", 0)
+    pipe = Pipeline.from_run(workdir, paths=paths, mesh=mesh, backend=backend, tile=tile)
     sample = config.sample
     pipe.config.sample.batch_size = sample.batch_size
     output = pipe(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rise_jax import flow, run_config, runs, sampler
-from rise_jax.build import Model, language_from
+from rise_jax.build import Model, in_tiles, language_from
 from rise_jax.condition_kinds import Condition
 from rise_jax.exported import read_export
 from rise_jax.language import Rephrasings, gathered
@@ -26,7 +26,7 @@ from rise_jax.models.attention import Backend
 from rise_jax.origin import check_states
 from rise_jax.published import load_vae, open_vae
 from rise_jax.sharding import batch_ways, put_parameters, put_rows, shardings
-from rise_jax.validate import check_clip, clip_size, sample_faults
+from rise_jax.validate import check_clip, clip_size, sample_faults, tile_fault
 from rise_jax.video import to_uint8
 
 LOG = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Pipeline:
         paths: Mapping[str, str] | None = None,
         mesh: Mesh | None = None,
         backend: Backend | None = None,
+        tile: int = 0,
     ) -> "Pipeline":
         """The newest checkpoint of a run, with its EMA parameters. Raises FileNotFoundError where there is none.
 
@@ -73,10 +74,11 @@ class Pipeline:
         are among `run_config.PARTS`. ValueError where they are others.
 
         `mesh` (sharding.make_mesh) spreads parameters and videos over devices; `backend` of attention is by default this
-        platform's. Neither has to be that of training.
+        platform's. Neither has to be that of training. `tile` is the side, in pixels, of the pieces in which a Wan VAE decodes:
+        less memory, the same video; 0: as in training.
         """
         run, language, vae = open_run(Path(workdir), paths or {}, mesh, backend)
-        return cls(run.model, run.params, vae, language, run.config, mesh)
+        return cls(_pieced(run.model, run.config, tile), run.params, vae, language, run.config, mesh)
 
     @classmethod
     def from_export(
@@ -86,13 +88,15 @@ class Pipeline:
         *,
         mesh: Mesh | None = None,
         backend: Backend | None = None,
+        tile: int = 0,
     ) -> "Pipeline":
         """What --mode=export wrote: the same videos as from the run itself. `llm` is the LLM's path, where it lies elsewhere;
-        `mesh` and `backend` as for `from_run`.
+        `mesh`, `backend` and `tile` as for `from_run`.
 
         Raises FileNotFoundError naming missing files, ValueError where LLM, adapter, DiT and VAE do not belong together.
         """
-        return cls(*read_export(Path(folder), llm and str(llm), mesh, backend or Backend.here()), mesh)
+        export = read_export(Path(folder), llm and str(llm), mesh, backend or Backend.here())
+        return cls(*export._replace(model=_pieced(export.model, export.config, tile)), mesh)
 
     def __call__(
         self,
@@ -176,6 +180,13 @@ class Pipeline:
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """While active, the pipeline's mesh is the current one."""
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+
+
+def _pieced(model: Model, config: ConfigDict, tile: int) -> Model:
+    """With another `tile` than that of training, where there is one."""
+    if fault := tile_fault(tile, open_vae(config.model.vae.path)):
+        raise ValueError(fault)
+    return in_tiles(model, tile) if tile else model
 
 
 def settled(sample: ConfigDict, given: Mapping[str, Any]) -> ConfigDict:

@@ -35,7 +35,8 @@ NULL = "null/embedding"  # the leaf of a null condition that is not learned
 
 
 class Parameters(NamedTuple):
-    """All leaves of a model and where each came from, by path: 'random', 'run SHA step N' (the start of its ema_sha256) or 'file SHA'."""
+    """All leaves of a model and where each came from, by path: 'random', 'run SHA step N' (the start of its ema_sha256) or
+    'file SHA'."""
 
     tree: dict
     provenance: dict[str, str]
@@ -81,7 +82,7 @@ def read_run(
     """The newest good checkpoint of a run, which stays as it is; `d_llm` is the width of the LLM it was trained on.
 
     `place(tree)` gives the shardings of its leaves, None: one device; `backend` is that of the model's attention; `paths` as in
-    `config_at`. Without `published_too`, frozen leaves that came from published files are left out: those of a DiT of 14 B fill a device.
+    `config_at`. Without `published_too`, frozen leaves that came from published files are left out: a DiT of 14 B fills a device.
     Raises FileNotFoundError when there is no checkpoint, ValueError naming every leaf that does not fit.
     """
     config = config_at(workdir, paths)

@@ -46,9 +46,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
     validate(config)
     with _claimed(config, workdir), Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints:
         steps = checkpoints.steps()
-        if min(from_first(_summarised(workdir)), max(steps, default=0)) >= config.run.steps:
+        done = min(from_first(_summarised(workdir)), max(steps, default=0))
+        if done >= config.run.steps:
             print(
-                f"{workdir} is finished: {config.run.steps} steps. Raise run.steps to go on, or use another --workdir."
+                f"{workdir} is finished: {done} steps, run.steps={config.run.steps}. Raise run.steps to go on, or use another "
+                "--workdir."
             )
             return 0
         return _run(config, workdir, checkpoints, begun=bool(steps))
@@ -70,7 +72,10 @@ def _claimed(config: ConfigDict, workdir: Path) -> Iterator[None]:
 def _summarised(workdir: Path) -> int:
     """The step of its summary, which may be one from before run.steps was raised; 0 without one."""
     file = workdir / "summary.json"
-    return json.loads(file.read_text())["steps"] if file.exists() else 0
+    try:
+        return int(json.loads(file.read_text())["steps"]) if file.exists() else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): remove it, the end of the run writes it again") from error
 
 
 def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: bool) -> int:

@@ -33,6 +33,7 @@ def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
     faults = [*_choices(config), *_sampling(config.sample), *_ranges(config), *_run_parts(config.run)]
     faults += [*_schedule(config.optim), *_backends(config.model), *_patterns(config.model.trainable)]
     faults += [*_model_sizes(config.model, vae), *_calibration(config.model), *_clip_sizes(config, vae)]
+    faults += filter(None, [tile_fault(config.model.vae.get("tile", 0), vae)])
     if faults:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
 
@@ -45,6 +46,7 @@ def check_use(config: ConfigDict, run: ConfigDict) -> None:
     others = {"data": {"max_bad": config.data.max_bad}, "run": {"seed": config.run.seed}}
     faults = [*sample_faults(config.sample), *_ranges(ConfigDict(others)), *_seed_of_run(config.run)]
     faults += [*_backends(model), *check_clip(*size, model.dit.patch, vae, "sample")]
+    faults += filter(None, [tile_fault(config.model.vae.get("tile", 0), vae)])
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -75,6 +77,16 @@ def check_clip(
             cells * vae.space_stride,
         )
     return faults
+
+
+def tile_fault(tile: int, vae: Pixels | WanVAE) -> str:
+    """What is wrong with a `model.vae.tile`; "" for nothing."""
+    stride = vae.space_stride
+    if isinstance(vae, Pixels):
+        return f"model.vae.tile={tile}: the VAE 'pixels' has nothing to save by tiles; nearest: 0" if tile else ""
+    if tile >= 0 and tile % stride == 0:
+        return ""
+    return f"model.vae.tile={tile} is not a multiple of {stride}; nearest: {max(round(tile / stride), 1) * stride}, or 0: whole frames"
 
 
 def _counts(model: ConfigDict) -> Iterable[str]:
@@ -124,7 +136,7 @@ def _choices(config: ConfigDict) -> Iterable[str]:
     }
     for key, (value, valid) in choices.items():
         yield from _choice(key, value, valid)
-    if fault := source_fault(config.data.source):
+    if fault := source_fault(config.data.source, config.data.path):
         yield fault
 
 
@@ -165,7 +177,13 @@ RANGES: tuple[tuple[dict[str, str], Callable, str, Callable], ...] = (
         lambda value: "",
     ),
     (
-        dict(data="max_bad", optim="drop ema b2"),
+        dict(optim="b2"),  # at 1 Adam's second moments stay 0, and its correction of them divides by 0
+        lambda value: 0 <= value < 1,
+        "at least 0 and below 1",
+        lambda value: "",
+    ),
+    (
+        dict(data="max_bad", optim="drop ema"),
         lambda value: 0 <= value <= 1,
         "from 0 to 1",
         lambda value: f"; nearest: {min(max(value, 0), 1)}",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 # Keys that may differ between the starts of one run: they change how long or where it runs, not what it computes.
-FREE = r"""(?x)^( run\.(steps|accumulate|save_every|keep|profile) | model\.(attention|sequence|dit\.remat)
+FREE = r"""(?x)^( run\.(steps|accumulate|save_every|keep|profile) | model\.(attention|sequence|dit\.remat|vae\.tile)
 | mesh\..* | sample\..* | data\.(workers|max_bad) )$"""
 # Where the same files lie, which their hashes or the checkpoint hold to.
 PATHS = r"^model\.((llm|dit|vae|native)\.path|llm\.instruction)$"

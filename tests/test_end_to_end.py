@@ -85,8 +85,18 @@ def test_stage_2_starts_from_stage_1(stage2_run):
 def test_a_finished_run_says_so_and_changes_nothing(llm, stage1_run, capsys):
     before = summary(stage1_run)
     assert train(tiny_config(1, llm, run__batch_size=BATCH), stage1_run) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert "is finished: 4 steps, run.steps=4" in capsys.readouterr().out
+    assert train(tiny_config(1, llm, run__batch_size=BATCH, run__steps=2), stage1_run) == 0
+    assert "is finished: 4 steps, run.steps=2" in capsys.readouterr().out
     assert summary(stage1_run) == before
+
+
+def test_a_damaged_summary_is_named(llm, stage1_run, tmp_path):
+    copy = shutil.copytree(stage1_run, tmp_path / "copy")
+    for text in ('{"steps": ', "[]", '{"steps": "four"}'):
+        (copy / "summary.json").write_text(text)
+        with pytest.raises(ValueError, match=r"copy/summary.json is damaged .*: remove it"):
+            train(tiny_config(1, llm, run__batch_size=BATCH), copy)
 
 
 def test_a_killed_stage_2_continues_bit_for_bit(llm, stage1_run, stage2_run, tmp_path):
@@ -185,6 +195,14 @@ def test_a_key_that_is_not_there_is_answered_with_what_is(monkeypatch, key, told
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match=f"^error: no such config key: {told}"):
         main.parse(words)
+
+
+@pytest.mark.parametrize("key", ["run.preset", "run.stage"])
+def test_what_names_a_run_comes_from_the_config_file(key):
+    with pytest.raises(
+        ValueError, match=f"config.{key}=small would rename the run .* --config=configs/STAGE.py:PRESET"
+    ):
+        main._refuse_labels({"run.steps": 3, key: "small"})
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,17 @@ def test_local_hands_signals_on_and_waits(number, tmp_path):
     assert process.returncode == 75
 
 
+def test_make_leaves_an_environment_that_is_somebody_elses(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "mine").touch()
+    done = subprocess.run(
+        ["make", "env", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and ".venv is there, and was not made by make" in done.stderr
+    assert [path.name for path in (tmp_path / ".venv").iterdir()] == ["mine"]
+
+
 def test_tpu_pod_says_how_it_is_used():
     named = {"PATH": "/usr/bin:/bin", "TPU_NAME": "a", "ZONE": "b"}
     done = subprocess.run(["launch/tpu_pod.sh"], cwd=ROOT, capture_output=True, text=True, check=False, env=named)

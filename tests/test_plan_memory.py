@@ -135,6 +135,18 @@ def test_caches_by_hand():
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in kv) == 2 * 30 * (2 * size) * 512 * 1536 * 2
 
 
+@pytest.mark.slow
+def test_tiles_let_a_card_decode_large_frames():
+    """720p, 81 frames: the worst moment is decoding, whose layers above latent resolution then hold a tile at a time."""
+    config, needed = config_of("stage1", "wan_1_3b"), {}
+    config.sample.update(frames=81, height=720, width=1280)
+    for tile in (0, 256):
+        config.model.vae.tile = tile
+        needed[tile] = use_memory(config, outline(config))
+    assert needed[256].phases["VAE decoding"] < needed[0].phases["VAE decoding"] / 3
+    assert needed[256].total(scores=False) < 20 * 2**30 < needed[0].total(scores=False)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_the_preset_small_fits_the_gpu_it_is_made_for(stage):
     """78 GiB of an H100, a tenth left free; attention is a kernel there, which keeps no scores."""

@@ -71,6 +71,25 @@ def test_the_latents_are_the_published_vaes(workdir, files):
     assert pipe("a red circle").videos.shape == (1, 5, 16, 16, 3)
 
 
+def test_tiles_change_no_video_and_may_change_with_every_start(workdir, files, tmp_path):
+    pipe, pieced = Pipeline.from_run(workdir), Pipeline.from_run(workdir, tile=8)
+    options = dict(height=24, width=24, steps=1)
+    video, same = (each("a red circle", **options).videos.astype(int) for each in (pipe, pieced))
+    assert np.ptp(video) > 10 and np.abs(video - same).max() <= 1
+    loops = [
+        str(jax.make_jaxpr(each.model.decode)(each.vae, np.zeros((1, 2, 6, 6, 5)))).count("scan[")
+        for each in (pipe, pieced)
+    ]
+    assert loops[1] > loops[0]
+    with pytest.raises(ValueError, match="model.vae.tile=5 is not a multiple of 2; nearest: 4, or 0"):
+        Pipeline.from_run(workdir, tile=5)
+    moved = tmp_path / "again"
+    shutil.copytree(workdir, moved)
+    config = config_of(files, run__steps=2)
+    config.model.vae.tile = 8
+    assert train(config, moved) == 0
+
+
 def test_it_resumes_and_notices_files_that_changed(workdir, files, tmp_path):
     config = config_of(files, run__steps=3)
     moved = tmp_path / "moved"

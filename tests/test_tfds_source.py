@@ -51,7 +51,9 @@ def prepare(tmp_path):
 
 
 def source(tmp_path, name="clips", **changes):
-    return TfdsSource(name, path=str(tmp_path), **{"frames": 3, "height": 8, "width": 8, "fps": 10} | changes)
+    return TfdsSource(
+        name, path=tmp_path and str(tmp_path), **{"frames": 3, "height": 8, "width": 8, "fps": 10} | changes
+    )
 
 
 def by_prompt(made):
@@ -134,6 +136,8 @@ def test_an_unknown_dataset_names_the_nearest(tmp_path):
 def test_a_dataset_that_is_not_prepared_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="(?s)tfds:mnist .* cannot be read.*download_and_prepare"):
         source(tmp_path, name="mnist")
+    with pytest.raises(ValueError, match="tfds:mnist is not prepared in data.path=''"):
+        source(None, name="mnist")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from tiny import tiny_config
 
 from configs import stage0, stage1, stage2
 from rise_jax.condition_kinds import CONDITIONS
+from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
-from rise_jax.validate import RANGES, validate
+from rise_jax.validate import RANGES, tile_fault, validate
 
 FAULTS = {
     "data__frames": (6, r"data.frames=6 is not 4n\+1; nearest: 5"),
@@ -58,7 +59,9 @@ FAULTS = {
     "model__shift": (float("inf"), "model.shift=inf must be a finite number"),
     "optim__learning_rate": (float("nan"), "optim.learning_rate=nan must be a finite number"),
     "optim__clip": (-1.0, "optim.clip=-1.0 must be above 0"),
-    "optim__b2": (2.0, "optim.b2=2.0 must be from 0 to 1; nearest: 1"),
+    "optim__b2": (1.0, "optim.b2=1.0 must be at least 0 and below 1"),
+    "optim__ema": (2.0, "optim.ema=2.0 must be from 0 to 1; nearest: 1"),
+    "data__path": ("clips", "data.path='clips' is not read where data.source='scenes'; nearest: data.source='folder'"),
     "optim__warmup": (-3, "optim.warmup=-3 must be at least 0; nearest: 0"),
     "optim__decay_from": (
         1,
@@ -73,6 +76,7 @@ FAULTS = {
         "float23",
         "model.vae.dtype='float23' is unknown .nearest: float32.; valid: float32, bfloat16",
     ),
+    "model__vae__tile": (8, "model.vae.tile=8: the VAE 'pixels' has nothing to save by tiles; nearest: 0"),
     "model__native__dtype": ("bfloat61", "model.native.dtype='bfloat61' is unknown .nearest: bfloat16"),
 }
 
@@ -82,6 +86,11 @@ def test_a_fault_is_named_with_the_nearest_choice(key, tmp_path):
     value, message = FAULTS[key]
     with pytest.raises(ValueError, match=message):
         validate(tiny_config(1, tmp_path, **{key: value}))
+
+
+def test_tiles_are_of_whole_latent_cells():
+    assert tile_fault(0, WanVAE()) == tile_fault(256, WanVAE()) == tile_fault(0, Pixels()) == ""
+    assert tile_fault(100, WanVAE()) == "model.vae.tile=100 is not a multiple of 8; nearest: 96, or 0: whole frames"
 
 
 @pytest.mark.parametrize("patch", [(1, 2), (1, 0, 2), ("a", 8, 8)])

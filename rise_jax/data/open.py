@@ -9,9 +9,11 @@ from rise_jax.data.sources import Source
 SOURCES = ("scenes", "folder", "tfds:NAME")
 
 
-def source_fault(source: str) -> str:
-    """What is wrong with the name of a source, with the nearest that there is; "" for nothing."""
+def source_fault(source: str, path: str = "") -> str:
+    """What is wrong with the name of a source and its path, with the nearest that there is; "" for nothing."""
     kind, _, name = source.partition(":")
+    if source == "scenes" and path:
+        return f"data.path={path!r} is not read where data.source='scenes'; nearest: data.source='folder'"
     if source in ("scenes", "folder") or (kind == "tfds" and name):
         return ""
     near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.0)[0]

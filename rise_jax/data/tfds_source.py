@@ -91,6 +91,10 @@ def _open(name: str, path: str | None, split: str):
         raise ValueError(f"tfds:{name} is not in data.path={path}{nearest(name, _names(path))}") from error
     except NotImplementedError as error:  # tfds's reason says which file formats have random access
         raise ValueError(f"tfds:{name} in data.path={path} cannot be read: {error}") from error
+    if not splits:
+        raise ValueError(
+            f"tfds:{name} is not prepared in data.path={path or ''!r}: prepare it there, or give the folder it is in"
+        )
     found = [name for name in SPLITS[split] if name in splits]
     if not found:
         raise ValueError(
