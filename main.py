@@ -98,7 +98,7 @@ def _run() -> int:
     if not processes.is_first():
         logging.getLogger().setLevel(logging.WARNING)
     config, typed = CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
-    _refuse_labels(typed)
+    refuse_labels(typed)
     workdir = Path(WORKDIR.value or f"runs/{config.run.stage}-{config.run.preset}")
     with processes.one_voice():
         code = mode_function(MODE.value)(config, workdir, **_moved(workdir, typed))
@@ -106,7 +106,8 @@ def _run() -> int:
     return code
 
 
-def _refuse_labels(typed: dict) -> None:
+def refuse_labels(typed: dict) -> None:
+    """ValueError where one of the keys that were typed belongs to the config file, which chose everything else by it."""
     for key in ("run.stage", "run.preset"):
         if key in typed:
             raise ValueError(

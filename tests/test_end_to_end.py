@@ -202,7 +202,7 @@ def test_what_names_a_run_comes_from_the_config_file(key):
     with pytest.raises(
         ValueError, match=f"config.{key}=small would rename the run .* --config=configs/STAGE.py:PRESET"
     ):
-        main._refuse_labels({"run.steps": 3, key: "small"})
+        main.refuse_labels({"run.steps": 3, key: "small"})
 
 
 @pytest.mark.parametrize(
