@@ -89,7 +89,7 @@ def _groups(card: dict) -> Iterator[Group]:
     yield "model", MODEL, ["condition", group, "adapter", "dit", "vae", "dtype", "prediction", "shift"], set()
     yield "llm", {"identity": OBJECT, "width": whole(), "instruction": TEXT}, ["identity", "width"], set()
     yield "sample", {key: OPTIONS.get(key, whole()) for key in SAMPLE}, [*SAMPLE], set()
-    yield "model.vae", {"path": TEXT, "dtype": DTYPE}, ["path"], set()
+    yield "model.vae", {"path": TEXT, "dtype": DTYPE, "tile": whole(0)}, ["path"], set()
     yield _options("model.dit", [DiT], {"path"}, {"channels", "d_ctx", "dtype", "rngs", "backend"})
     yield _options(f"model.{group}", [Native if group == "native" else Language], set(), {"mesh", "rules"})
     if kind in list(KINDS):
