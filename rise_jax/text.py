@@ -106,8 +106,9 @@ class Tokenizer:
             raise ValueError(f"{folder}: the tokenizer names no end token (eos_token)")
         pad = ends[0] if loaded.pad_token_id is None else loaded.pad_token_id
         backend = loaded.backend_tokenizer
-        bare = backend.encode("a", add_special_tokens=False).ids
-        dressed = backend.encode("a", add_special_tokens=True).ids
+        backend.no_truncation()  # a file may ask for either, and transformers does as it says
+        backend.no_padding()
+        bare, dressed = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
         leading = tuple(dressed[: dressed.index(bare[0])])
         source = folder / next((name for name in TEMPLATES if (folder / name).is_file()), "tokenizer.json")
         return cls(backend, ends, pad, loaded.bos_token_id, leading, template, str(source))

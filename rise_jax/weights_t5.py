@@ -206,6 +206,8 @@ def t5_tokenizer(path: Path | str, folder: TensorFolder) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(found))
     except Exception as error:  # the library raises no other
         raise ValueError(f"{found} cannot be read as a tokenizer ({error}); {AGAIN}") from error
+    backend.no_truncation()  # a file may ask for either
+    backend.no_padding()
     given = {key: value for key, value in folder.settings.items() if value is not None}
     _check_vocabulary(backend, given["vocab_size"], found)
     return Tokenizer(backend, _ends(folder), given.get("pad_token_id", 0))

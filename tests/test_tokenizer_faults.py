@@ -44,6 +44,36 @@ def told(function, *arguments):
     return str(raised.value)
 
 
+BAKED = {
+    "truncation": {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 30},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|pad|>",
+    },
+}
+
+
+@pytest.mark.parametrize("setting", BAKED)
+def test_a_text_is_neither_cut_nor_padded_whatever_an_llms_tokenizer_says(llm, setting):
+    """The prefix is the whole instruction: its last example closes it."""
+    change(llm / "tokenizer.json", **{setting: BAKED[setting]})
+    tokenizer = load_llm(llm).tokenizer
+    assert tokenizer.decode(tokenizer.encode("cat")) == "cat" and len(tokenizer.encode("cat")) == 3
+    assert len(tokenizer.encode("a cat " * 24)) == 144 and tokenizer.leading == ()
+    assert tokenizer.decode(Prompter(tokenizer, RULE, 10).prefix_ids).rstrip().endswith("A dog runs.")
+
+
+@pytest.mark.parametrize("setting", BAKED)
+def test_a_text_is_neither_cut_nor_padded_whatever_an_encoders_tokenizer_says(t5, setting):
+    change(t5 / "tokenizer.json", **{setting: BAKED[setting]})
+    tokenizer = checked_t5(t5)[-1]
+    assert tokenizer.encode("red") == [3] and tokenizer.encode("red " * 40) == [3] * 40
+
+
 TEMPLATES = {
     "{% for m in %}": "the chat template cannot be used (TemplateSyntaxError: ",
     "{{ raise_exception('no chats') }}": "the chat template cannot be used (TemplateError: no chats)",
