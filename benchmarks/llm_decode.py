@@ -4,8 +4,7 @@
 
 All take turns, so that they see the same machine; the tables give medians of whole calls (decoding: reading the prompt, then 64
 tokens) in tokens per second, their ratio to torch's, what compiling took once (tracing included), and how many of the decoded
-tokens are torch's. "rise_jax" is what language.py does, layers in a scan; "unrolled" is `rephrase(..., unroll=True)`, which no mode of
-main.py uses.
+tokens are torch's. "rise_jax" is what language.py does, layers in a scan.
 Needs the packages of tests/requirements.txt and an otherwise idle machine: torch suffers most from busy neighbours.
 """
 
@@ -27,7 +26,7 @@ from rise_jax.weights import LLAMA, LoadedLLM, load_llm
 
 NEW, PREFIX, PROMPT = 64, 1, 31  # tokens; a shared prefix that long gives nobody an advantage
 READ = 128
-OURS, UNROLLED, THEIRS = "rise_jax", "unrolled", "transformers"
+OURS, THEIRS = "rise_jax", "transformers"
 
 
 def to_torch(loaded: LoadedLLM) -> transformers.LlamaForCausalLM:
@@ -81,11 +80,8 @@ def decoders(loaded: LoadedLLM, model: transformers.LlamaForCausalLM, ids: np.nd
     prefix = jax.jit(partial(encode_prefix, llm))(loaded.params, jnp.asarray(ids[0, :PREFIX]))
     prompt = jnp.asarray(ids[:, PREFIX:])
     arguments = loaded.params, prefix, prompt, jnp.ones(prompt.shape, bool)
-    calls, taken = {}, {}
-    for name, unroll in ((OURS, False), (UNROLLED, True)):
-        decode, taken[name] = compiled(partial(rephrase, llm, max_new=NEW, eos=(), pad=0, unroll=unroll), *arguments)
-        calls[name] = lambda decode=decode: np.asarray(decode().tokens)
-    return calls | {THEIRS: theirs(model, ids)}, taken
+    decode, taken = compiled(partial(rephrase, llm, max_new=NEW, eos=(), pad=0), *arguments)
+    return {OURS: lambda: np.asarray(decode().tokens), THEIRS: theirs(model, ids)}, {OURS: taken}
 
 
 def theirs(model: transformers.LlamaForCausalLM, ids: np.ndarray) -> Callable:

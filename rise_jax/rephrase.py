@@ -94,17 +94,12 @@ def rephrase(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     keys: Array | None = None,
-    unroll: bool = False,
 ) -> Rephrased:
     """Continues left-padded prompts by at most `max_new` tokens and keeps the state that emitted each one.
 
     Greedy at temperature 0. Otherwise `keys` [B] holds one random key per row (fold the row's global index into one key), so that
     a row's tokens do not depend on how rows are packed in batches. `repetition_penalty` (CTRL, arXiv 1909.05858, section 4.1) counts
     generated tokens only, never the prompt's.
-
-    `unroll` runs the layers of the decoding loop one by one, for a CPU that decodes the same shapes many times: a scan copies
-    each layer's weights for every token (benchmarks/llm_decode.py: 1.4x the time at batch 1, little at batch 8). In exchange
-    compiling takes three times as long, and a second copy of the weights is held.
     """
     if temperature > 0 and keys is None:
         raise ValueError(
@@ -114,16 +109,14 @@ def rephrase(
     batch, prompt_width = prompt_ids.shape
     keep = (-1, layer)  # what the next token is drawn from, and what conditions the video
     states, past = model(prompt_ids, prompt_mask, _positions(prefix, prompt_mask), (prefix,), keep=keep)
-    past, layers = past.extended(max_new), None
-    if unroll:
-        prefix, past, layers = prefix.unrolled(), past.unrolled(), model.unrolled()
+    past = past.extended(max_new)
     start = prefix.mask.shape[1] + prompt_mask.sum(axis=1)
     choose = _Chooser(model, tuple(eos), pad, temperature, top_p, repetition_penalty, keys)
     first = choose(states[:, :, -1], jnp.zeros(batch, bool), choose.nothing_seen(batch), 0)
 
     def step(carry, i):
         picked, past = carry
-        read = lambda: _read_one(model, picked.token, start + i, (prefix, past), keep, layers)
+        read = lambda: _read_one(model, picked.token, start + i, (prefix, past), keep)
         # Once every row has ended nothing is read any more. The cache is written outside: a branch would copy it.
         skip = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(read))
         states, new = jax.lax.cond(picked.done.all(), skip, read)
@@ -185,7 +178,7 @@ def _positions(prefix: Past, mask: Array) -> Array:
     return prefix.mask.shape[1] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
-def _read_one(model: LLM, token: Array, position: Array, past: tuple[Past, ...], keep, layers) -> tuple[Array, Past]:
+def _read_one(model: LLM, token: Array, position: Array, past: tuple[Past, ...], keep) -> tuple[Array, Past]:
     mask = jnp.ones((len(token), 1), bool)
-    states, new = model(token[:, None], mask, position[:, None], past, keep=keep, layers=layers)
+    states, new = model(token[:, None], mask, position[:, None], past, keep=keep)
     return states[:, :, 0], new

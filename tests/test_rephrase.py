@@ -136,17 +136,6 @@ def test_a_row_that_ended_does_not_depend_on_the_others(tiny):
 
 
 @pytest.mark.slow
-def test_unrolled_layers_give_the_same(tiny):
-    _, loaded = tiny
-    scanned, unrolled = (
-        decode(loaded, PROMPTS, eos=(7, 30, 100)),
-        decode(loaded, PROMPTS, eos=(7, 30, 100), unroll=True),
-    )
-    np.testing.assert_array_equal(unrolled.tokens, scanned.tokens)
-    np.testing.assert_allclose(unrolled.states, scanned.states, atol=1e-4)
-
-
-@pytest.mark.slow
 def test_one_new_token(tiny):
     _, loaded = tiny
     one, more = decode(loaded, PROMPTS, max_new=1), decode(loaded, PROMPTS)

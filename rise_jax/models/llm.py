@@ -28,11 +28,10 @@ class Past(NamedTuple):
     """Tokens already read: key, value [depth, b, K, L, d]; mask bool, positions int [b, L]. b is B, or 1: shared by all rows.
 
     False in the mask is padding or a free slot. Heads stand before tokens: attention then needs no transposed copy of the cache.
-    For unrolled layers, key and value are tuples over depth.
     """
 
-    key: Array | tuple
-    value: Array | tuple
+    key: Array
+    value: Array
     mask: Array
     positions: Array
 
@@ -43,13 +42,8 @@ class Past(NamedTuple):
 
     def written(self, new: "Past", slot: Array) -> "Past":
         """With the tokens of `new` in the slots from `slot` on."""
-        write = lambda axis, array, part: jax.lax.dynamic_update_slice_in_dim(array, part, slot, axis)
-        key, value = jax.tree.map(partial(write, -2), self[:2], new[:2])
-        return Past(key, value, *(write(1, array, part) for array, part in zip(self[2:], new[2:])))
-
-    def unrolled(self) -> "Past":
-        """With one array per layer instead of stacked ones."""
-        return self._replace(key=tuple(self.key), value=tuple(self.value))
+        write = lambda array, part, axis: jax.lax.dynamic_update_slice_in_dim(array, part, slot, axis)
+        return Past(*map(write, self, new, (3, 3, 1, 1)))
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -138,13 +132,11 @@ class LLM(nnx.Module):
         past: tuple[Past, ...] = (),
         *,
         keep: Sequence[int] | None = None,
-        layers: tuple[Block, ...] | None = None,
     ) -> tuple[Float[Array, "*layers B L D"], Past]:
         """Reads tokens after `past`: their states [B, L, D] and their own keys and values.
 
         `mask` is False at padding (either side), `positions` count real tokens from the start of the sequence, past included.
         `keep` returns the states [len(keep), B, L, D] of these layers instead, as `LLMConfig.layer_index` counts them.
-        `layers` are this model's `unrolled()` layers, to be run one by one.
         """
         config = self.config
         kept_layers = [config.layer_index(layer) for layer in ([-1] if keep is None else keep)]
@@ -161,9 +153,9 @@ class LLM(nnx.Module):
         # The scale is rounded to the weights' dtype, as in transformers: 55.5 for sqrt(3072) in bf16.
         x = self.embed(ids) * jnp.asarray(config.embed_scale, self.embed.dtype)
         flags = jnp.asarray(config.local or [False] * config.depth), jnp.arange(config.depth)
-        run = partial(scan_blocks, self.blocks) if layers is None else partial(_run_blocks, layers)
         carry = x, jnp.zeros((len(inner), *x.shape), x.dtype)
-        (x, kept), (key, value) = run(call, carry, ([(part.key, part.value) for part in past], *flags))
+        layers = [(part.key, part.value) for part in past], *flags
+        (x, kept), (key, value) = scan_blocks(self.blocks, call, carry, layers)
         final = self.final_norm(x)
         kept = self.final_norm(kept) if config.norm_inner else kept
         states = [kept[inner.index(layer)] if layer < config.depth else final for layer in kept_layers]
@@ -183,29 +175,12 @@ class LLM(nnx.Module):
             views.append((angles, [mask & near(place) for mask, place in zip(masks, places)]))
         return views
 
-    def unrolled(self) -> tuple[Block, ...]:
-        """The layers as separate modules."""
-        graph, params = nnx.split(self.blocks)
-        layer = lambda i: nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], params))
-        return tuple(layer(i) for i in range(self.config.depth))
-
     @typed
     def logits(self, states: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits in fp32 of final-normed states."""
         if not self.config.tied:
             return self.head(states).astype(jnp.float32)
         return jnp.einsum("...d,vd->...v", states, self.embed.embedding[...], preferred_element_type=jnp.float32)
-
-
-def _run_blocks(layers: tuple[Block, ...], call: Callable, carry, per_layer: tuple):
-    """What `scan_blocks` does, as a Python loop over separate layers."""
-    past, *flags = per_layer
-    outputs = []
-    for i, block in enumerate(layers):
-        layer = [(key[i], value[i]) for key, value in past], *(flag[i] for flag in flags)
-        carry, output = call(block, carry, layer)
-        outputs.append(output)
-    return carry, jax.tree.map(lambda *leaves: leaves, *outputs)
 
 
 def rope_angles(positions: Array, head_width: int, base: float, divisors: tuple[float, ...] = ()) -> Array:
