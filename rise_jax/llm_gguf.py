@@ -108,7 +108,7 @@ def gguf_config(fields: dict, divisors: tuple[float, ...], tied: bool, where: st
 
 
 def _misfits(found: dict, key: Callable) -> list[str]:
-    """Sizes of heads that are not one, and a scaling of the positions without its type."""
+    """Sizes of heads that are not one, a scaling of the positions without its type, and a pattern of other layers than there are."""
     head_width = found.get(
         key("attention.key_length"), found[key("embedding_length")] // found[key("attention.head_count")]
     )
@@ -116,11 +116,15 @@ def _misfits(found: dict, key: Callable) -> list[str]:
     if key("rope.scaling.type") not in found:
         allowed["rope.scaling.factor"] = 1
     asked = {key(name): value for name, value in allowed.items()}
-    return [
+    faults = [
         f"not supported: {name}={found[name]} (supported: {value})"
         for name, value in asked.items()
         if found.get(name, value) != value
     ]
+    pattern, depth = (key(name) for name in ("attention.sliding_window_pattern", "block_count"))
+    if isinstance(kinds := found.get(pattern), list) and len(kinds) != found[depth]:
+        faults.append(f"not supported: len({pattern})={len(kinds)} (supported: {depth}={found[depth]})")
+    return faults
 
 
 def _gemma3(get: Callable, width: int, heads: int, head_width: int) -> dict:

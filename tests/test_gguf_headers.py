@@ -44,6 +44,16 @@ WRONG = [
     ),
     ("llama", {"attention.value_length": 8}, "llama.attention.value_length=8 (supported: 12)"),
     ("llama", {"rope.dimension_count": 6}, "llama.rope.dimension_count=6 (supported: 12)"),
+    (
+        "gemma3",
+        {"attention.sliding_window": 4, "attention.sliding_window_pattern": [True]},
+        "len(gemma3.attention.sliding_window_pattern)=1 (supported: gemma3.block_count=2)",
+    ),
+    (
+        "gemma3",
+        {"attention.sliding_window": 4, "attention.sliding_window_pattern": [True, True, False]},
+        "len(gemma3.attention.sliding_window_pattern)=3 (supported: gemma3.block_count=2)",
+    ),
 ]
 
 
