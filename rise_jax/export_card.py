@@ -85,9 +85,10 @@ def read_card(folder: Path) -> dict:
 def _groups(card: dict) -> Iterator[Group]:
     """Each group that says what the export is."""
     condition, options, kind = (_at(card, f"model.{key}") for key in ("condition", "adapter", "adapter.kind"))
-    group = CONDITIONS[condition].group if condition in list(CONDITIONS) else "llm"
+    known = condition in list(CONDITIONS)
+    group = CONDITIONS[condition].group if known else "llm"
     yield "model", MODEL, ["condition", group, "adapter", "dit", "vae", "dtype", "prediction", "shift"], set()
-    yield "llm", {"identity": OBJECT, "width": whole(), "instruction": TEXT}, ["identity", "width"], set()
+    yield _llm(card, not known or CONDITIONS[condition].writes)
     yield "sample", {key: OPTIONS.get(key, whole()) for key in SAMPLE}, [*SAMPLE], set()
     yield "model.vae", {"path": TEXT, "dtype": DTYPE, "tile": whole(0)}, ["path"], set()
     yield _options("model.dit", [DiT], {"path"}, {"channels", "d_ctx", "dtype", "rngs", "backend"})
@@ -102,6 +103,13 @@ def _groups(card: dict) -> Iterator[Group]:
             ["kind"],
             {*options} - {"kind"} if isinstance(options, dict) else set(),
         )
+
+
+def _llm(card: dict, writes: bool) -> Group:
+    """The row of the LLM: its instruction is null where nothing is written, but it is there."""
+    there = isinstance(llm := card.get("llm"), dict) and "instruction" in llm
+    kinds = {"identity": OBJECT, "width": whole(), "instruction": TEXT if writes else only(None)}
+    return "llm", kinds, ["identity", "width", *(["instruction"] if writes or not there else [])], set()
 
 
 def _options(group: str, makers: list[Callable], more: set[str], given: set[str]) -> Group:

@@ -39,7 +39,7 @@ def write(folder, card):
 def test_every_kind_of_adapter_and_condition_is_read(tmp_path, card, kind, condition):
     card["model"]["adapter"]["kind"] = kind
     card["model"]["condition"] = condition
-    card["llm"]["instruction"] = None
+    card["llm"]["instruction"] = "Say more." if CONDITIONS[condition].writes else None
     assert read_card(write(tmp_path, card)) == card
 
 
@@ -92,6 +92,19 @@ def test_missing_keys_are_told(tmp_path, card, path):
     with pytest.raises(ValueError) as raised:
         Pipeline.from_export(write(tmp_path, card))
     assert str(raised.value) == f"{tmp_path}/{CARD}: it lacks {path}"
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_the_instruction_is_never_missing_and_null_where_nothing_is_written(tmp_path, card, condition):
+    card["model"]["condition"] = condition
+    writes = CONDITIONS[condition].writes
+    card["llm"]["instruction"] = None if writes else "Say more."
+    wrong = "it lacks llm.instruction" if writes else "not supported: llm.instruction='Say more.' (supported: None)"
+    for told in (wrong, "it lacks llm.instruction"):
+        with pytest.raises(ValueError) as raised:
+            Pipeline.from_export(write(tmp_path, card))
+        assert str(raised.value) == f"{tmp_path}/{CARD}: {told}"
+        card["llm"].pop("instruction", None)
 
 
 @pytest.mark.parametrize("group", ["model", "llm", "sample", "model.adapter", "model.llm"])
