@@ -38,11 +38,11 @@ class Text(NamedTuple):
     prefix: Any  # the instruction's keys and values; None where there is no instruction
     width: int
     length: int  # states per text
-    prompt: int  # tokens per prompt in use
+    prompt: int  # tokens per prompt, what its layout adds included where the tokenizer is here
     rows: Callable  # batch size -> the rows from which a training step computes states
     states: Callable  # (frozen, batch) -> (states, mask), in a training step
     use: Callable  # (params, prefix, ids, mask) -> states of prompts in use
-    cache: Callable  # batch size -> the key/value cache in use
+    cache: Callable  # batch size -> the key/value cache in use, beside the prefix
     note: str  # where the sizes are from
 
 
@@ -163,10 +163,11 @@ def _llm(config: ConfigDict) -> Text:
     length = settings[CONDITIONS[condition].budget]
     tokens = lambda size, length: (_like((size, length), jnp.int32), _like((size, length), jnp.bool_))
     tokenizer = open_weights(settings.path).tokenizer() if _is_here(settings.path) else None
-    prefix = None
+    prefix, prompt = None, settings.max_prompt
     if CONDITIONS[condition].writes:
-        ids = _like((_instruction_length(settings, tokenizer),), jnp.int32)
-        prefix = jax.eval_shape(partial(rephrase.encode_prefix, llm), params, ids)
+        told, around = _chat_lengths(settings, tokenizer)
+        prefix = jax.eval_shape(partial(rephrase.encode_prefix, llm), params, _like((told,), jnp.int32))
+        prompt += around
 
     def states(frozen, batch):
         if condition == "rephrase":
@@ -182,7 +183,7 @@ def _llm(config: ConfigDict) -> Text:
         ids, mask = tokens(size, length)
         if condition != "rephrase":
             return dict(encoded_ids=ids, states_mask=mask)
-        prompt_ids, prompt_mask = tokens(size, settings.max_prompt)
+        prompt_ids, prompt_mask = tokens(size, prompt)
         return dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, rephrased_ids=ids, states_mask=mask)
 
     def use(params, prefix, ids, mask):
@@ -196,13 +197,10 @@ def _llm(config: ConfigDict) -> Text:
         return rephrase.encoded(llm, params, written.tokens, written.mask, layer=layer)
 
     def cache(size):
-        room = settings.max_prompt + settings.max_new if prefix else 0
-        return [
-            prefix,
-            _like((2, sizes.depth, size, sizes.kv_heads, room, sizes.head_width), jnp.dtype(settings.dtype)),
-        ]
+        room = prompt + settings.max_new if prefix else 0
+        return _like((2, sizes.depth, size, sizes.kv_heads, room, sizes.head_width), jnp.dtype(settings.dtype))
 
-    return Text(params, prefix, sizes.width, length, settings.max_prompt, rows, states, use, cache, note)
+    return Text(params, prefix, sizes.width, length, prompt, rows, states, use, cache, note)
 
 
 def _native(config: ConfigDict) -> Text:
@@ -233,13 +231,17 @@ def _is_here(llm: str) -> bool:
     return find_spec(EMBEDDED_PACKAGE) is not None if llm == EMBEDDED else Path(llm).exists()
 
 
-def _instruction_length(settings: ConfigDict, tokenizer: Tokenizer | None) -> int:
-    """Tokens of an instruction in the LLM's chat; about, a token per LETTERS letters, where its tokenizer is not here."""
+def _chat_lengths(settings: ConfigDict, tokenizer: Tokenizer | None) -> tuple[int, int]:
+    """Tokens of an instruction in the LLM's chat, and of the layout around a prompt behind it.
+
+    Where its tokenizer is not here: about, a token per LETTERS letters, and none.
+    """
     file = instruction_file(settings.instruction)
     instruction = Instruction.read(file)
     if tokenizer is None:
-        return max(1, len(read_utf8(file)) // LETTERS)
-    return len(Prompter(tokenizer, instruction, settings.max_prompt).prefix_ids)
+        return max(1, len(read_utf8(file)) // LETTERS), 0
+    prompter = Prompter(tokenizer, instruction, settings.max_prompt)
+    return len(prompter.prefix_ids), prompter.overhead
 
 
 def _dit_note(path: str) -> str:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from encoders import write_umt5
+from tiny import DEPTH, HEADS, KV_HEADS, WIDTH, tiny_config, write_llm
 from tiny import preset_config as config_of
-from tiny import tiny_config, write_llm
 
 from rise_jax import memory, published
 from rise_jax.outline import drawn, outline, step_arguments
@@ -123,14 +123,17 @@ def test_the_mesh_shares_out_state_and_activations():
 
 @pytest.mark.slow
 def test_caches_by_hand():
-    """Keys and values of all tokens and layers: of the LLM per prompt and once for the instruction, of the DiT for prompt and null."""
+    """Keys and values of all tokens and layers: of the LLM per prompt, and once for the instruction, which stays; of the DiT for
+    prompt and null."""
     config = config_of("stage2", "wan_1_3b")
     outlined = outline(config)
     llm, size = config.model.llm, config.sample.batch_size
     instruction = outlined.text.prefix.mask.shape[1]
     room = 2 * 28 * 2 * 128 * 2  # keys and values, layers, heads, width, bytes
-    cache = use_memory(config, outlined).phases["text: key/value cache"]
-    assert cache == room * (size * (llm.max_prompt + llm.max_new) + instruction) + 5 * instruction
+    planned = use_memory(config, outlined)
+    assert planned.phases["text: key/value cache"] == room * size * (llm.max_prompt + llm.max_new)
+    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(outlined.text.params))
+    assert planned.kept["text model"] == parameters + (room + 5) * instruction
     kv = jax.eval_shape(outlined.model.kv, outlined.model.abstract, like(2 * size, 512, 4096))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in kv) == 2 * 30 * (2 * size) * 512 * 1536 * 2
 
@@ -145,6 +148,15 @@ def test_tiles_let_a_card_decode_large_frames():
         needed[tile] = use_memory(config, outline(config))
     assert needed[256].phases["VAE decoding"] < needed[0].phases["VAE decoding"] / 3
     assert needed[256].total(scores=False) < 20 * 2**30 < needed[0].total(scores=False)
+
+
+def test_the_cache_holds_the_layout_around_a_prompt(tmp_path):
+    """Of a template that is here: "user", "Prompt: ", "assistant", three line ends, a token a byte, and two control tokens."""
+    config = tiny_config(1, write_llm(tmp_path / "llm"))
+    layout = len("user" + "Prompt: " + "assistant") + 3 + 2
+    tokens = config.model.llm.max_prompt + layout + config.model.llm.max_new
+    cache = use_memory(config, outline(config)).phases["text: key/value cache"]
+    assert cache == 2 * DEPTH * KV_HEADS * WIDTH // HEADS * 4 * tokens * config.sample.batch_size
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
