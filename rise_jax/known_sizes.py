@@ -67,7 +67,9 @@ def vae_sizes(path: str) -> tuple[Pixels | WanVAE, str]:
 
 
 def native_sizes(path: str) -> tuple[T5Config, str]:
-    """Of `model.native.path`."""
-    if path and Path(path).exists():
+    """Of `model.native.path`. FileNotFoundError for an empty one."""
+    if not path:
+        raise FileNotFoundError("model.native.path='' names no encoder")
+    if Path(path).exists():
         return t5_config(encoder_folder(path)), f"from {path}"
     return UMT5_XXL, f"umT5-XXL's: model.native.path={path!r} is not here"

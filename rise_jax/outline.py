@@ -68,13 +68,17 @@ def outline(
     `backend` is that of the model's attention; `text` spares reading the text model's files again;
     `null` and `calibrate` as for `published.check_files`.
 
-    Raises ValueError for an LLM that is neither here nor known by its name, and whatever `validate` would.
+    Raises ValueError for an LLM that is neither here nor known by its name, a native encoder of another width than the DiT's
+    context, and whatever `validate` would.
     """
     vae, vae_note = known_sizes.vae_sizes(config.model.vae.path)
     text = text or (_native(config) if config.model.condition == NATIVE else _llm(config))
     notes = {"text model": text.note, "DiT": _dit_note(config.model.dit.path), "VAE": vae_note}
     asked = (null and config.model.null == NATIVE) or (calibrate and config.model.calibrate)
     native = _native(config) if asked else None
+    if native and native.width != config.model.adapter.d_ctx:
+        place = f"{config.model.native.path} ({native.note})"
+        raise ValueError(f"model.adapter.d_ctx={config.model.adapter.d_ctx}, but {native.width} in {place}")
     states = text.states if config.data.states == "in_step" else states_in_batch
     model = model_from(_with_null(config.model), text.width, states, vae=vae, backend=backend)
     trainable, frozen = partition(model.abstract, list(config.model.trainable))

@@ -88,14 +88,14 @@ def plan(config: ConfigDict, workdir: Path) -> int:
 
 
 def checked_outline(config: ConfigDict, begun: bool = False, origin: Path | None = None) -> Outline:
-    """The outline of a config that `validate` and `check_files` accept; published files that are not here cannot contradict it.
+    """The outline of a config that `validate` and `check_files` accept; of published files that are not here only known sizes count.
 
     `begun`: whether the run has a checkpoint; `origin`: the run that it starts from.
     """
     model = config.model
     published = [model.dit.path, model.vae.path, model.native.path]
     published += [model.null] if model.null.endswith(".safetensors") else []
-    absent = [path for path in published if not path or not Path(path).exists()]
+    absent = [path for path in published if path and not Path(path).exists()]
     here = ConfigDict(config.to_dict())
     if model.dit.path in absent:
         here.model.dit.path = ""

@@ -164,6 +164,8 @@ REFUSED = [
         dict(model__null="lerned"),
         "model.null='lerned' is no file: give learned, native or a .safetensors with a tensor",
     ),
+    (dict(model__null="native"), "model.native.path='' is no folder: the native encoder is needed here"),
+    (dict(model__condition="native"), "model.native.path='' is no folder: the native encoder is needed here"),
     (dict(model__null="native", model__native__path="{}/llm"), "config.json: model_type='llama' is not supported"),
     (dict(model__null="native", model__native__path="{}/t5"), "model.adapter.d_ctx=16, but 8 in"),
     (
@@ -206,13 +208,25 @@ def test_a_run_that_has_begun_may_have_lost_what_it_started_from(parts):
 
 def test_training_needs_a_native_encoder_that_a_plan_supposes(parts, capsys):
     config = tiny_config(1, parts / "llm", model__null="native", model__native__path="umt5-xxl")
+    config.model.adapter.d_ctx = 4096
     assert plan(config, parts / "run") == 0
     assert "model.native.path='umt5-xxl' is not here" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="model.native.path='umt5-xxl' is no folder"):
         train(config, parts / "run")
 
 
+@pytest.mark.parametrize("asked", ["null", "calibrate"])
+def test_a_native_encoder_that_is_not_here_has_its_published_width(parts, asked):
+    config = tiny_config(1, parts / "llm", model__native__path="umt5-xxl")
+    (parts / "captions.txt").write_text("red")
+    config.model[asked] = "native" if asked == "null" else str(parts / "captions.txt")
+    with pytest.raises(ValueError, match=r"model\.adapter\.d_ctx=16, but 4096 in umt5-xxl .umT5-XXL's: .* is not here"):
+        plan(config, parts / "run")
+
+
 def test_sizes_of_parts_that_are_here_come_from_their_files(tmp_path):
     assert isinstance(known_sizes.vae_sizes("pixels")[0], Pixels)
     assert "is not here" in known_sizes.vae_sizes(str(tmp_path / "none"))[1]
-    assert "model.native.path='' is not here" in known_sizes.native_sizes("")[1]
+    assert "model.native.path='umt5' is not here" in known_sizes.native_sizes("umt5")[1]
+    with pytest.raises(FileNotFoundError, match="model.native.path='' names no encoder"):
+        known_sizes.native_sizes("")
