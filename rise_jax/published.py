@@ -4,7 +4,8 @@
 scratch, or the folder of a Wan DiT, whose sizes the config has to say too; `model.native.path` is the folder of a T5 or umT5 encoder.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -28,12 +29,30 @@ from rise_jax.weights_wan_vae import checked_wan_vae, load_wan_vae, open_wan_vae
 PIXELS = "pixels"
 LEARNED, NATIVE = "learned", "native"  # values of model.null beside a file's path
 CAPTIONS = 32  # encoded at a time
+WHERE = (
+    "docs/published.md says where to get published weights, docs/export.md how to make one's own; model.vae.path, model.dit.path, "
+    "model.native.path and model.llm.path have to say where they lie"
+)
 RUNTIME = ("path", "unroll", "remat", "low_rank", "text_len")  # of model.dit: no sizes of the weights
+
+
+@contextmanager
+def _named(key: str, path: str) -> Iterator[None]:
+    """Names the config's key in what is raised about its file or folder, and what to do where there is none."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}" + ("" if Path(path).exists() else f"; {WHERE}")) from error
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def open_vae(path: str) -> Pixels | WanVAE:
     """The VAE's functions and sizes; reads no weights. FileNotFoundError or ValueError for a path that holds none."""
-    return Pixels() if path == PIXELS else WanVAE(open_wan_vae(path)[0])
+    if path == PIXELS:
+        return Pixels()
+    with _named("model.vae.path", path):
+        return WanVAE(open_wan_vae(path)[0])
 
 
 def vae_identity(path: str) -> dict:
@@ -57,7 +76,8 @@ def dit_faults(model: ConfigDict, channels: int) -> list[str]:
     """
     if not model.dit.path:
         return []
-    sizes = wan_sizes(transformer_folder(model.dit.path))[0]
+    with _named("model.dit.path", model.dit.path):
+        sizes = wan_sizes(transformer_folder(model.dit.path))[0]
     sizes |= {"patch": tuple(sizes["patch"])}
     row = {"coordinates": False, "eps": EPS} | model.dit.to_dict()
     asked = {f"model.dit.{name}": (value, sizes[name]) for name, value in row.items() if name not in RUNTIME}
@@ -115,9 +135,11 @@ def check_files(model: ConfigDict, absent: Collection[str] = (), *, null: bool =
     `model.native.length`.
     """
     if model.dit.path and model.dit.path not in absent:
-        checked_wan(model.dit.path)
+        with _named("model.dit.path", model.dit.path):
+            checked_wan(model.dit.path)
     if model.vae.path != PIXELS and model.vae.path not in absent:
-        checked_wan_vae(model.vae.path)
+        with _named("model.vae.path", model.vae.path):
+            checked_wan_vae(model.vae.path)
     asks = (null and model.null == NATIVE) or (calibrate and model.calibrate)
     if (asks or model.condition == NATIVE) and model.native.path not in absent:
         _check_native(model, null and model.null == NATIVE, calibrate and model.calibrate)
@@ -128,14 +150,14 @@ def check_files(model: ConfigDict, absent: Collection[str] = (), *, null: bool =
 
 
 def _check_native(model: ConfigDict, null: bool, calibrate: str) -> None:
-    if not model.native.path or not Path(model.native.path).is_dir():
-        raise FileNotFoundError(
-            f"model.native.path={model.native.path!r} is no folder: the native encoder is needed here"
-        )
-    config, *_, tokenizer = checked_t5(model.native.path)
+    path = model.native.path
+    if not path or not Path(path).exists():
+        raise FileNotFoundError(f"model.native.path={path!r} is no folder: the native encoder is needed here; {WHERE}")
+    with _named("model.native.path", path):
+        config, *_, tokenizer = checked_t5(path)
     width = config.width
     if width != model.adapter.d_ctx and (null or calibrate):
-        raise ValueError(f"model.adapter.d_ctx={model.adapter.d_ctx}, but {width} in {model.native.path}")
+        raise ValueError(f"model.adapter.d_ctx={model.adapter.d_ctx}, but {width} in {path}")
     if calibrate:
         text_ids(tokenizer, _captions(model), model.native.length)
 

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+INCOMPLETE = "the folder is incomplete"
 AGAIN = "the file is damaged or incomplete: download it again"
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # names of what torch.save writes end so
+RUNS_CODE = "which may run code when read"
 BYTES = 8  # of the header's length, little-endian, which opens a file
 
 
@@ -32,22 +35,24 @@ class Tensor(NamedTuple):
 class TensorFolder:
     """`settings` are those of config.json, `tensors` maps every tensor's name to its `Tensor`."""
 
-    def __init__(self, path: Path | str, stem: str):
-        """`stem` opens the names of the weight files: "model" for transformers, "diffusion_pytorch_model" for diffusers.
+    def __init__(self, path: Path | str, stem: str, part: str = ""):
+        """`stem` opens the names of the weight files: "model" for transformers, "diffusion_pytorch_model" for diffusers. `part` is
+        where they lie if `path` is a pipeline's folder.
 
-        FileNotFoundError names every file that is missing, ValueError one that cannot be parsed or is cut short.
+        FileNotFoundError names every file that is missing, ValueError one that cannot be parsed or is cut short, or a pickle.
         """
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"no folder at {self.path}")
-        self.settings = _json(self.path / "config.json")
+        self.path = _inner(Path(path), part)
+        if not (self.path / "config.json").is_file():
+            raise FileNotFoundError(f"{self.path} lacks config.json: {pickles_in(self.path, stem) or INCOMPLETE}")
+        self.settings = parsed(self.path / "config.json")
         index = self.path / f"{stem}.safetensors.index.json"
         names = shard_names(index) if index.is_file() else [f"{stem}.safetensors"]
         self.files = [self.path / name for name in names]
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
             also = "" if index.is_file() else f" (or {index.name} with its shards)"
-            raise FileNotFoundError(f"{self.path} lacks {', '.join(missing)}{also}: the folder is incomplete")
+            reason = pickles_in(self.path, stem) or INCOMPLETE
+            raise FileNotFoundError(f"{self.path} lacks {', '.join(missing)}{also}: {reason}")
         self.tensors = {name: tensor for file in self.files for name, tensor in _header(file).items()}
         self._maps = {file: _map(file) for file in self.files}
 
@@ -73,8 +78,9 @@ class TensorFile(TensorFolder):
     """One .safetensors file by itself, without settings."""
 
     def __init__(self, path: Path | str):
-        """FileNotFoundError when there is no file, ValueError when it cannot be parsed or is cut short."""
+        """FileNotFoundError when there is no file, ValueError when it is a pickle, cannot be parsed or is cut short."""
         self.path, self.settings = Path(path), {}
+        refuse_pickle(self.path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no file at {path}")
         self.files, self.tensors = [self.path], _header(self.path)
@@ -106,10 +112,39 @@ def not_default(config: Any) -> dict:
 
 def shard_names(index: Path) -> list[str]:
     """The weight files that an index names. ValueError for one that is no index."""
-    weight_map = _json(index).get("weight_map")
+    weight_map = parsed(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files; {AGAIN}")
     return sorted(set(weight_map.values()))
+
+
+def refuse_pickle(path: Path, instead: str = "save its tensors as .safetensors first") -> None:
+    """ValueError for the path of a pickle."""
+    if path.suffix in PICKLES and not path.is_dir():
+        raise ValueError(f"{path} is a pickle, {RUNS_CODE}: {instead}")
+
+
+def pickles_in(folder: Path, stem: str) -> str:
+    """What to do about the pickles in a folder without weights whose names begin with `stem`; "" where it has such weights or no
+    pickles."""
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if not names or any(folder.glob(f"{stem}*.safetensors")):
+        return ""
+    return (
+        f"it holds {names[0]}{' and other pickles' if names[1:] else ', a pickle'}, {RUNS_CODE}; save the tensors as safetensors "
+        "(save_pretrained of transformers and diffusers does), or take a folder that has them so"
+    )
+
+
+def _inner(path: Path, part: str) -> Path:
+    """The folder itself, or the `part` of a pipeline's."""
+    refuse_pickle(path, "take a folder that has its tensors as .safetensors, and config.json")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is a file, give its folder" if path.is_file() else f"no folder at {path}")
+    inner = path / part
+    if not inner.is_dir() and (path / "model_index.json").is_file():
+        raise FileNotFoundError(f"{path} lacks {part}/: the pipeline is incomplete, download that part of it, too")
+    return inner if inner.is_dir() else path
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -144,12 +179,6 @@ def _checked_end(name: str, tensor: Tensor) -> int:
     if dtype and tensor.stop - tensor.start != dtype.itemsize * np.prod(tensor.shape, dtype=int):
         raise ValueError(f"{name} is {tensor.shape} of {tensor.dtype} in {tensor.stop - tensor.start} bytes")
     return tensor.stop
-
-
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} lacks {path.name}: the folder is incomplete")
-    return parsed(path)
 
 
 def parsed(path: Path) -> dict:

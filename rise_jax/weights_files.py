@@ -13,12 +13,13 @@ from rise_jax.llm_families import folder_config, folder_family
 from rise_jax.llm_gguf import gguf_config, gguf_family
 from rise_jax.models.llm_config import LLMConfig
 from rise_jax.settings import check_values, ids_below
-from rise_jax.tensor_folder import AGAIN, DTYPES, not_default, parsed, sha256_of, shard_names
+from rise_jax.tensor_folder import AGAIN, DTYPES, not_default, parsed, pickles_in, sha256_of, shard_names
 from rise_jax.text import Tokenizer
 
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's divisors of the rotary frequencies: a setting, not a parameter
 TEXT_PART = ("language_model.model.", "model.language_model.")  # "model." of a multimodal model's text part
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+NEEDED = "a Hugging Face folder needs it"
 GENERATION = "generation_config.json"  # names end tokens, too
 SPELLED = "Hi, 2 cats!\n  ÉÅ 猫"  # its ids show what beside tokenizer.json has a say in tokenizing
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -162,7 +163,7 @@ class FolderFile:
     def _open(self, name: str):
         path = self.path / name
         if not path.is_file():
-            raise FileNotFoundError(f"no weights at {path}: a Hugging Face folder needs it")
+            raise FileNotFoundError(f"no weights at {path}: {pickles_in(self.path, 'model') or NEEDED}")
         try:
             return safetensors.safe_open(path, "numpy")
         except safetensors.SafetensorError as error:
@@ -171,7 +172,7 @@ class FolderFile:
     def _json(self, name: str) -> dict:
         path = self.path / name
         if not path.is_file():
-            raise FileNotFoundError(f"no {name} in {self.path}: a Hugging Face folder needs it")
+            raise FileNotFoundError(f"no {name} in {self.path}: {pickles_in(self.path, 'model') or NEEDED}")
         return parsed(path)
 
 

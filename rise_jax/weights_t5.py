@@ -86,8 +86,7 @@ class EncoderFolder(TensorFolder):
     """An encoder's weights. `given` is the path that was asked for: the tokenizer may lie beside them or in the pipeline around."""
 
     def __init__(self, given: Path):
-        inner = given / "text_encoder"
-        super().__init__(inner if inner.is_dir() else given, "model")
+        super().__init__(given, "model", "text_encoder")
         self.given = given
 
     def sha256(self) -> str:

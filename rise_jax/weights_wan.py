@@ -144,9 +144,8 @@ def checked_wan(path: Path | str, dtype: Any = jnp.float32) -> tuple[dict, dict,
 def transformer_folder(path: Path | str) -> TensorFolder:
     """The DiT's folder: `path` itself, or the transformer/ in it. ValueError where it is one of the two of a Wan 2.2 pipeline."""
     path = Path(path)
-    inner = path / "transformer"
-    _refuse_experts(path if inner.is_dir() else path.absolute().parent)
-    return TensorFolder(inner if inner.is_dir() else path, STEM)
+    _refuse_experts(path if (path / "transformer").is_dir() else path.absolute().parent)
+    return TensorFolder(path, STEM, "transformer")
 
 
 def _refuse_experts(pipeline: Path) -> None:

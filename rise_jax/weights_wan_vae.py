@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 from rise_jax.models.wan_vae import COLOURS, WAN_2_1, WanVAE, WanVAEConfig
 from rise_jax.placement import Place, check, save, stream
 from rise_jax.settings import ABOVE_0, FLAG, NUMBER, check_settings, list_of, only, raise_faults, whole
-from rise_jax.tensor_folder import TensorFile, TensorFolder, not_default, sha256_of
+from rise_jax.tensor_folder import RUNS_CODE, TensorFile, TensorFolder, not_default, refuse_pickle, sha256_of
 from rise_jax.trees import named_leaves
 
 STEM = "diffusion_pytorch_model"
 CLASS = "AutoencoderKLWan"
+ORIGINAL = (
+    f"the VAE of Wan's original repository is Wan2.1_VAE.pth, a pickle, {RUNS_CODE}: save its tensors as .safetensors and give that "
+    "file, or take the repository whose name ends in -Diffusers"
+)
 
 # Module of the tree -> (diffusers' name, original name). Those that stand in numbered layers are in LAYERS.
 MODULES = {
@@ -108,13 +112,10 @@ def checked_wan_vae(
 def open_wan_vae(path: Path | str, config: WanVAEConfig = WAN_2_1) -> tuple[WanVAEConfig, TensorFile | TensorFolder]:
     """(sizes, weights still on disk) of what `load_wan_vae` loads, with the same arguments and errors, those of tensors aside."""
     path = Path(path)
-    if path.suffix in (".pth", ".pt", ".ckpt"):
-        raise ValueError(
-            f"{path} is a pickle, which may run code when it is read: save its tensors as .safetensors first"
-        )
+    refuse_pickle(path)
     if path.suffix == ".safetensors":
         return config, TensorFile(path)
-    source = WanVAEFolder(path / "vae" if (path / "vae").is_dir() else path, STEM)
+    source = WanVAEFolder(path, STEM, "vae")
     return wan_vae_config(source), source
 
 
@@ -128,7 +129,8 @@ def wan_vae_config(folder: TensorFolder) -> WanVAEConfig:
     """Sizes from config.json; ValueError names every setting that this VAE does not have or know."""
     settings, where = folder.settings, f"{folder.path}/config.json"
     if (found := settings.get("_class_name")) != CLASS:
-        raise ValueError(f"{where}: _class_name={found!r} is not supported; known: {CLASS}")
+        other = f"; {ORIGINAL}" if found == "WanModel" else ""
+        raise ValueError(f"{where}: _class_name={found!r} is not supported; known: {CLASS}{other}")
     kinds = KINDS | {"decoder_base_dim": only(settings.get("base_dim"))}
     check_settings(settings, kinds, where, free=FREE, needed=SIZES)
     stages, channels = len(settings["dim_mult"]), settings["z_dim"]

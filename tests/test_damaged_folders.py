@@ -6,10 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from encoders import write_umt5
 from tiny import write_llm
 
 from rise_jax.tensor_folder import TensorFolder
 from rise_jax.weights import load_llm
+from rise_jax.weights_t5 import load_t5
 
 INDEX = "model.safetensors.index.json"
 
@@ -37,6 +39,33 @@ def test_a_folder_without_its_tokenizer_is_told_which_file(llm):
     (llm / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="no tokenizer.json in .*llm"):
         load_llm(llm)
+
+
+PICKLED = (
+    "it holds pytorch_model-00001-of-00002.bin and other pickles, which may run code when read; save the tensors as safetensors "
+    "(save_pretrained of transformers and diffusers does), or take a folder that has them so"
+)
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("read", [load_llm, load_t5], ids=["llm", "t5"])
+def test_a_folder_of_pickles_is_told_as_one(tmp_path, read, lost):
+    folder = write_llm(tmp_path / "llm") if read is load_llm else write_umt5(tmp_path / "t5", 16)
+    for name in {"model.safetensors", lost}:
+        (folder / name).unlink()
+    for number in (1, 2):
+        (folder / f"pytorch_model-0000{number}-of-00002.bin").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError) as raised:
+        read(folder)
+    assert lost in str(raised.value) and str(raised.value).endswith(f": {PICKLED}")
+
+
+def test_pickles_beside_weights_are_not_spoken_of(llm):
+    (llm / "pytorch_model.bin").write_bytes(b"PK")
+    (llm / "config.json").unlink()
+    with pytest.raises(FileNotFoundError) as raised:
+        load_llm(llm)
+    assert str(raised.value) == f"no config.json in {llm}: a Hugging Face folder needs it"
 
 
 @pytest.mark.parametrize("text", ["{}", '{"version": ', "[]"])
