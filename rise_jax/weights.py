@@ -12,7 +12,7 @@ import numpy as np
 
 from rise_jax.models.llm import make_llm
 from rise_jax.models.llm_config import LLMConfig
-from rise_jax.tensor_folder import DTYPES
+from rise_jax.tensor_folder import DTYPES, refuse_pickle
 from rise_jax.text import Tokenizer
 from rise_jax.weights_files import FolderFile, GGUFFile
 
@@ -144,7 +144,11 @@ def open_weights(path: Path | str) -> WeightFile:
     if path.is_dir():
         return FolderFile(path)
     if path.suffix != ".gguf":
-        raise ValueError(f"model.llm.path={str(path)!r} is neither 'embedded', a .gguf file nor an existing folder")
+        refuse_pickle(path, "model.llm.path takes a folder that has its tensors as .safetensors, or a .gguf file")
+        raise ValueError(
+            f"model.llm.path={str(path)!r} is neither 'embedded', a .gguf file nor an existing folder; "
+            "docs/published.md says where to get one"
+        )
     return GGUFFile(path)
 
 

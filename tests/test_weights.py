@@ -225,8 +225,13 @@ def test_a_missing_shard(tmp_path):
 def test_paths_that_lead_nowhere(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no GGUF file at .*absent\.gguf"):
         load_llm(tmp_path / "absent.gguf")
-    with pytest.raises(ValueError, match="neither 'embedded', a .gguf file nor an existing folder"):
+    with pytest.raises(ValueError, match="neither 'embedded', a .gguf file nor an existing folder; docs/published.md"):
         load_llm(tmp_path / "absent")
+    (tmp_path / "model.pth").write_bytes(b"PK")
+    with pytest.raises(
+        ValueError, match="model.pth is a pickle, which may run code when read: model.llm.path takes a folder"
+    ):
+        load_llm(tmp_path / "model.pth")
 
 
 def test_a_missing_embedded_package_names_its_command(monkeypatch):
