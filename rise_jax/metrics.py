@@ -1,4 +1,7 @@
-"""Measures of finished videos and of rephrased texts: attributes against the prompt, intervals, flicker, motion."""
+"""Measures of finished videos and of rephrased texts: attributes against the prompt, intervals, flicker, motion.
+
+The size is measured by itself and is no part of `all`, though prompts may name one.
+"""
 
 import re
 from itertools import permutations
@@ -31,7 +34,7 @@ _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", 
 
 
 def compare(reading: Reading, scene: Scene) -> dict[str, bool]:
-    """Which of the attributes asked for (`scene.asked`) the reading has, and `all`, which leaves the size out.
+    """Which of the attributes asked for (`scene.asked`) the reading has, and `all`: whether it has all of them, the size aside.
 
     Things are matched by the assignment with most agreements. An attribute holds when it holds of every thing
     asked for; a surplus thing spoils `count` only.
