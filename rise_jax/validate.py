@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.data.open import source_fault
+from rise_jax.data.scenes import MAX_TEXTS
 from rise_jax.flow import PREDICTIONS
 from rise_jax.models.adapter import KINDS, TIME_CONDS
 from rise_jax.models.attention import NAMES, SEQUENCES, cudnn_obstacle
@@ -32,6 +33,7 @@ def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
     faults = [*_choices(config), *_sampling(config.sample), *_ranges(config), *_run_parts(config.run)]
     faults += [*_schedule(config.optim), *_backends(config.model), *_patterns(config.model.trainable)]
+    faults += _scene_texts(config.data.source, "data.texts", config.data.texts)
     faults += [*_model_sizes(config.model, vae), *_calibration(config.model), *_clip_sizes(config, vae)]
     faults += filter(None, [tile_fault(config.model.vae.get("tile", 0), vae)])
     if faults:
@@ -47,6 +49,7 @@ def check_use(config: ConfigDict, run: ConfigDict) -> None:
     faults = [*sample_faults(config.sample), *_ranges(ConfigDict(others)), *_seed_of_run(config.run)]
     faults += [*_backends(model), *check_clip(*size, model.dit.patch, vae, "sample")]
     faults += filter(None, [tile_fault(config.model.vae.get("tile", 0), vae)])
+    faults += _scene_texts(run.data.source, "sample.count", config.sample.count)
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -142,7 +145,7 @@ def _choices(config: ConfigDict) -> Iterable[str]:
 
 def _sampling(sample: ConfigDict) -> Iterable[str]:
     yield from _choice("sample.stepper", sample.stepper, STEPPERS)
-    yield from _seed("sample.seed", sample.seed, 2**31 - 1_000_000)  # prompts have one each, counted up from here
+    yield from _at_most("sample.seed", sample.seed, 2**31 - 1_000_000)  # prompts have one each, counted up from here
 
 
 def _choice(key: str, value: Any, valid: Collection[str]) -> Iterable[str]:
@@ -212,13 +215,21 @@ def _named(config: ConfigDict, groups: dict[str, str]) -> Iterable[tuple[str, An
         yield from ((f"{group}.{name}", config[group][name]) for name in there)
 
 
-def _seed(key: str, value: int, limit: int) -> Iterable[str]:
+def _at_most(key: str, value: int, limit: int, where: str = "") -> Iterable[str]:
     if value > limit:
-        yield f"{key}={value} must be at most {limit}; nearest: {limit}"
+        yield f"{key}={value} must be at most {limit}{where}; nearest: {limit}"
 
 
 def _seed_of_run(run: ConfigDict) -> Iterable[str]:
-    yield from _seed("run.seed", run.seed, 2**32 - 1)
+    yield from _at_most("run.seed", run.seed, 2**32 - 1)
+
+
+def _scene_texts(source: str, key: str, count: int) -> Iterable[str]:
+    """Faults of a number of texts that RANGES lets pass."""
+    if source == "scenes":
+        yield from _at_most(key, count, MAX_TEXTS, " with data.source=scenes")
+        if key == "data.texts" and count == 0:
+            yield "data.texts=0 must be at least 1 with data.source=scenes; nearest: 1"
 
 
 def _schedule(optim: ConfigDict) -> Iterable[str]:

@@ -140,3 +140,11 @@ def test_what_the_runs_model_cannot_do_is_told(folder, changes, told):
     config = tiny_config(2, folder / "llm", **changes)
     with pytest.raises(ValueError, match=told):
         check_use(config, trained(folder))
+
+
+def test_scenes_hold_out_so_many_prompts(folder):
+    """A folder has as many as it has: more are no fault."""
+    config = typed(folder, count=2000)
+    with pytest.raises(ValueError, match="sample.count=2000 must be at most 1000 .*; nearest: 1000"):
+        check_use(config, trained(folder, data__source="scenes"))
+    check_use(config, trained(folder))

@@ -99,6 +99,15 @@ def test_a_patch_has_three_sizes(tmp_path, patch):
         validate(tiny_config(1, tmp_path, model__dit__patch=patch))
 
 
+@pytest.mark.parametrize(
+    ("texts", "told"), [(2000, "at most 1000 .*; nearest: 1000"), (0, "at least 1 .*; nearest: 1")]
+)
+def test_scenes_have_so_many_texts(tmp_path, texts, told):
+    with pytest.raises(ValueError, match=f"data.texts={texts} must be {told}"):
+        validate(tiny_config(1, tmp_path, data__texts=texts))
+    validate(tiny_config(1, tmp_path, data__texts=texts, data__source="folder"))
+
+
 def test_all_faults_are_named_at_once(tmp_path):
     with pytest.raises(ValueError, match="(?s)data.frames=3.*data.height=20|data.height=20.*data.frames=3"):
         validate(tiny_config(1, tmp_path, data__frames=3, data__height=20))
