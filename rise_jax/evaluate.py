@@ -26,7 +26,7 @@ from rise_jax.sheets import contact_sheet
 from rise_jax.step import make_eval_step
 from rise_jax.validate import check_use, clip_size
 from rise_jax.video import write_png
-from rise_jax.workdir import write_json
+from rise_jax.workdir import set_aside, write_json
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)
 PICTURED = 12  # videos in the picture
@@ -35,7 +35,8 @@ _BESIDE = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "ke
 
 
 def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = MappingProxyType({})) -> int:
-    """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts of its data.
+    """Writes WORKDIR/evaluation.json and evaluation.png for the run in WORKDIR; `sample.count` held-out prompts of its data. Those of
+    an earlier call are set aside (`set_aside`).
 
     `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh, the back ends of attention, the VAE's tile, data.max_bad
     and run.seed (which prompts of the scenes are held out for it) are used.
@@ -70,6 +71,7 @@ def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
         )
     if not is_first():
         return 0
+    set_aside(workdir / "evaluation.json", workdir / "evaluation.png")
     write_json(workdir / "evaluation.json", result)
     write_png(workdir / "evaluation.png", contact_sheet(videos[:PICTURED], prompts[:PICTURED], heard.texts[:PICTURED]))
     _print(result, workdir)

@@ -26,6 +26,7 @@ from rise_jax.sheets import comparison_sheet, contact_sheet
 from rise_jax.utf8 import read_utf8
 from rise_jax.validate import check_use, clip_size
 from rise_jax.video import write_file, write_png, write_video
+from rise_jax.workdir import set_aside
 
 SUFFIXES = (".txt", ".md", ".csv", ".json", ".jsonl")  # of files, whatever they hold
 
@@ -50,7 +51,8 @@ def generate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
     `paths` as in Pipeline.from_run. Of `config`, the groups sample and mesh, the back ends of attention and the VAE's tile are used.
 
     Every run of `sample.beside` makes the same prompts with the same seeds, kept in N-NAME/ there; contact_sheet.png then has a
-    column per run. Where files of theirs are gone, those of the workdir's run are tried. Nothing is written before all is made.
+    column per run. Where files of theirs are gone, those of the workdir's run are tried. Nothing is written before all is made; the
+    folder of an earlier call is then set aside (`set_aside`).
     """
     prompts = read_prompts(config.sample.prompts)
     workdirs = read_workdirs(config.sample.beside, workdir)
@@ -66,6 +68,7 @@ def generate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
     if not is_first():
         return 0
     samples = workdir / "samples"
+    set_aside(samples)
     records = [record for run in made for record in _write(run, samples, prompts)]
     write_file(
         samples / "samples.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()

@@ -1,4 +1,4 @@
-"""What makes a folder one run's: its config, and a lock."""
+"""What makes a folder one run's: its config, a lock, and what calls that use the run leave in it."""
 
 import fcntl
 import json
@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from rise_jax.writing import told
 
 # Keys that may differ between the starts of one run: they change how long or where it runs, not what it computes.
 FREE = r"""(?x)^( run\.(steps|accumulate|save_every|keep|profile) | model\.(attention|sequence|dit\.remat|vae\.tile)
@@ -145,6 +147,24 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         scratch.replace(path)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def set_aside(*paths: Path) -> None:
+    """Renames what an earlier call left at `paths`, files or folders side by side, to NAME-N and says so: nothing is written over.
+
+    N is the same for all of them, one above the largest that is there. An empty folder stays. Raises OSError with path and reason.
+    """
+    left = [path for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+    if not left:
+        return
+    folder, names = left[0].parent, "|".join(re.escape(path.stem) for path in paths)
+    numbers = [re.fullmatch(rf"(?:{names})-(\d+)", other.stem) for other in folder.iterdir()]
+    number = 1 + max((int(found[1]) for found in numbers if found), default=0)
+    for path in left:
+        kept = path.with_stem(f"{path.stem}-{number}")
+        with told(kept):
+            path.rename(kept)
+        print(f"{path} of an earlier call is {kept.name} now", flush=True)
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -66,9 +66,23 @@ def test_videos_have_the_size_that_is_asked_for(folder):
     assert out.videos.shape == (1, 1, 16, 16, 3)
 
 
+def test_the_samples_of_an_earlier_call_are_kept_apart(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("samples*"))
+    assert generate(typed(folder, prompts="a||b||c"), tmp_path / "run") == 0
+    first = {path.name: path.read_bytes() for path in (tmp_path / "run" / "samples").iterdir()}
+    assert first.keys() == {"000.mp4", "001.mp4", "002.mp4", "samples.jsonl", "contact_sheet.png"}
+    assert generate(typed(folder, prompts="a", frames=1, width=16), tmp_path / "run") == 0
+    left = {path.name for path in (tmp_path / "run" / "samples").iterdir()}
+    assert left == {"000.png", "samples.jsonl", "contact_sheet.png"}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "samples-1").iterdir()} == first
+
+
 def test_a_run_on_a_folder_is_evaluated_on_it(folder):
-    """Clips of a folder have no attributes to score; the command's own source, scenes, is not looked at."""
+    """Clips of a folder have no attributes to score; the command's own source, scenes, is not looked at. What was measured before is
+    kept."""
+    (folder / "run" / "evaluation.json").write_text("before")
     assert evaluate(typed(folder, count=3), folder / "run") == 0
+    assert (folder / "run" / "evaluation-1.json").read_text() == "before"
     result = json.loads((folder / "run" / "evaluation.json").read_text())
     assert "attribute_accuracy" not in result and result["prompts"] == 3
     assert result["sample"]["width"] == 24 and np.isfinite(result["heldout_loss"]["true"]).all()

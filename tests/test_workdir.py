@@ -11,6 +11,7 @@ from rise_jax.workdir import (
     claimed_workdir,
     config_differences,
     lock_workdir,
+    set_aside,
     write_config,
     write_json,
 )
@@ -126,6 +127,39 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", late)
     with lock_workdir(tmp_path / "run") as file:
         assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "run" / "lock").stat())
+
+
+def test_what_earlier_calls_left_is_kept_in_order_and_told(tmp_path, capsys):
+    """Files that belong together keep one number; one above those that are there, also where some were removed."""
+    files, folder = [tmp_path / "evaluation.json", tmp_path / "evaluation.png"], tmp_path / "samples"
+    for call in ("a", "b", "c"):
+        set_aside(*files)
+        set_aside(folder)
+        folder.mkdir(exist_ok=True)
+        for path in (*(files[:1] if call == "b" else files), folder / "000.png"):
+            path.write_text(call)
+    left = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {
+        "evaluation-1.json": "a",
+        "evaluation-1.png": "a",
+        "evaluation-2.json": "b",
+        "evaluation.json": "c",
+        "evaluation.png": "c",
+        "samples-1/000.png": "a",
+        "samples-2/000.png": "b",
+        "samples/000.png": "c",
+    }
+    assert f"{folder} of an earlier call is samples-2 now\n" in capsys.readouterr().out
+    (tmp_path / "evaluation-1.json").unlink()
+    (tmp_path / "evaluation-1.png").unlink()
+    set_aside(*files)
+    assert (tmp_path / "evaluation-3.json").read_text() == (tmp_path / "evaluation-3.png").read_text() == "c"
+
+
+def test_an_empty_folder_is_not_kept(tmp_path, capsys):
+    (tmp_path / "samples").mkdir()
+    set_aside(tmp_path / "samples", tmp_path / "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"] and not capsys.readouterr().out
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
