@@ -13,9 +13,9 @@ from rise_jax.weights import EMBEDDED
 from rise_jax.workdir import flattened, may_differ
 
 GROUPS = ("model", "data", "optim", "sample", "run")  # of a run's config
-#: What of a model lies in files: the key that says where.
+#: What a run takes from files: the key that says where.
 PARTS = {part: f"model.{part}.path" for part in ("llm", "dit", "vae", "native")}
-PARTS |= {"null": "model.null", "instruction": "model.llm.instruction"}
+PARTS |= {"null": "model.null", "instruction": "model.llm.instruction", "data": "data.path"}
 
 #: Values of these keys that are no paths.
 WORDS = {"llm": (EMBEDDED,), "vae": (PIXELS,), "null": (LEARNED, NATIVE), "instruction": shipped_instructions()}
@@ -59,14 +59,17 @@ def moved_paths(workdir: Path, model: ConfigDict) -> dict[str, str]:
 def typed_paths(workdir: Path, typed: Mapping[str, Any]) -> dict[str, str]:
     """Of the settings {dotted key: value} that were typed for a mode that uses a run: where its files lie, as for `config_at`.
 
-    What the run computes stays as it was trained: raises ValueError listing each key typed with another value than the run's.
+    What the run computes stays as it was trained: raises ValueError listing each key typed with another value than the run's. Only the
+    folder of clips may be another: `evaluate` takes its held-out ones from there.
     """
     config = ConfigDict(read_config(workdir))
     own = {key: json.dumps(value) for key, value in flattened(config.to_dict()).items()}
     paths = {part: typed[key] for part, key in PARTS.items() if key in typed}
     used = {key: value for key, value in typed.items() if key.startswith(("model.", "data."))}
     pairs = {key: (own.get(key, "absent"), json.dumps(value)) for key, value in used.items()}
-    wrong = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not may_differ(key, *pair)}
+    clips = lambda key, now: key == PARTS["data"] and config.data.source != "scenes" and now != '""'
+    fits = lambda key, was, now: was == now or may_differ(key, was, now) or clips(key, now)
+    wrong = {key: pair for key, pair in pairs.items() if not fits(key, *pair)}
     if wrong:
         lines = "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in wrong.items())
         raise ValueError(

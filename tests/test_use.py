@@ -114,6 +114,23 @@ def test_files_that_were_moved_are_told_by_their_paths(folder, tmp_path):
         Pipeline.from_run(tmp_path / "run", paths={"lm": "/nowhere"})
 
 
+def test_clips_that_were_moved_are_told_by_their_path(folder, tmp_path):
+    """In use alone: a run in training goes on with the clips it began with (test_workdir.py)."""
+    shutil.copytree(folder / "clips", tmp_path / "clips")
+    write_run(trained(folder, data__path="/nowhere"), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="data.path=/nowhere is no folder"):
+        evaluate(typed(folder, count=3), tmp_path / "run")
+    paths = run_config.typed_paths(tmp_path / "run", {"data.path": str(tmp_path / "clips")})
+    assert evaluate(typed(folder, count=3), tmp_path / "run", paths) == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["prompts"] == 3
+
+
+def test_scenes_have_no_path_to_be_typed(folder, tmp_path):
+    write_run(trained(folder, data__source="scenes", data__path=""), tmp_path / "run")
+    with pytest.raises(ValueError, match='data.path: "" -> "clips"'):
+        run_config.typed_paths(tmp_path / "run", {"data.path": "clips"})
+
+
 def test_another_vae_than_in_training_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("written.load_vae", lambda path: ({}, {"sha256": "c0de"}))
     write_run(trained(folder), tmp_path / "run")
