@@ -77,8 +77,8 @@ class Pipeline:
         platform's. Neither has to be that of training. `tile` is the side, in pixels, of the pieces in which a Wan VAE decodes:
         less memory, the same video; 0: as in training.
         """
-        run, language, vae = open_run(Path(workdir), paths or {}, mesh, backend)
-        return cls(_pieced(run.model, run.config, tile), run.params, vae, language, run.config, mesh)
+        run, language, vae = open_run(Path(workdir), paths or {}, mesh, backend, tile)
+        return cls(run.model, run.params, vae, language, run.config, mesh)
 
     @classmethod
     def from_export(
@@ -214,9 +214,9 @@ def check_size(config: ConfigDict, sample: ConfigDict) -> tuple[int, int, int]:
 
 
 def open_run(
-    workdir: Path, paths: Mapping[str, str], mesh: Mesh | None = None, backend: Backend | None = None
+    workdir: Path, paths: Mapping[str, str], mesh: Mesh | None = None, backend: Backend | None = None, tile: int = 0
 ) -> tuple[runs.Run, Condition, dict]:
-    """(run, its LLM, its VAE's parameters), spread over the mesh, or on one device; `paths` as in Pipeline.from_run.
+    """(run, its LLM, its VAE's parameters), spread over the mesh, or on one device; `paths` and `tile` as in Pipeline.from_run.
 
     FileNotFoundError where there is no run, ValueError when LLM or VAE are others now.
     """
@@ -228,7 +228,7 @@ def open_run(
     run = runs.read_run(workdir, language.width, place, backend or Backend.here(), paths)
     vae, identity = load_vae(config.model.vae.path, place)
     runs.check_vae(str(workdir), meta["vae"], identity)
-    return run, language, vae
+    return run._replace(model=_pieced(run.model, run.config, tile)), language, vae
 
 
 def make_videos(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):

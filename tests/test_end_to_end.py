@@ -154,6 +154,7 @@ def test_evaluate_scores_held_out_prompts(llm, stage2_run):
     assert sum(part["prompts"] for part in result["by_language"].values()) == 4
     assert len(result["heldout_loss"]["true"]) == len(result["heldout_loss"]["times"])
     assert (stage2_run / "evaluation.png").exists()
+    assert result["step"] == 4 and result["ema_sha256"] == summary(stage2_run)["ema_sha256"]
 
 
 def test_another_config_in_the_same_workdir_is_refused(llm, stage1_run):

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_config, write_llm
 from written import write_run
 
-from rise_jax import Pipeline, evaluate
+from rise_jax import Pipeline, evaluate, pipeline
 from rise_jax.data.attributes import Scene, Thing
 from rise_jax.data.captions import long_caption
 from rise_jax.data.drawing import render
@@ -78,10 +78,16 @@ def test_where_nothing_is_rephrased_nothing_is_said_of_it(scores):
     assert without == expected
 
 
+def test_one_video_has_no_neighbour_to_be_scored_against():
+    alone = scene_scores([clip(RED)], [clip(BLUE)], [long_caption(RED)], [RED])
+    assert "shuffled" not in alone and alone["attribute_accuracy"]["all"] == 1
+
+
 class Evaluated(NamedTuple):
-    """A run, what its evaluation gave to be scored, and what it wrote."""
+    """A run, how many rows were rendered at a time, what its evaluation gave to be scored, and what it wrote."""
 
     workdir: Path
+    rendered: list[int]
     videos: np.ndarray
     unheard: np.ndarray
     rephrased: list[str]
@@ -91,6 +97,7 @@ class Evaluated(NamedTuple):
 
 # Of the evaluation; the run's own are others.
 SAMPLE = dict(steps=3, guidance=1.5, temperature=0.7)
+COUNT, AT_A_TIME, OWN = 9, 16, 4
 
 
 def held_out(texts):
@@ -102,48 +109,73 @@ def run(tmp_path_factory):
     """With parameters so large that its videos differ."""
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(2, write_llm(folder / "llm"), data__frames=5)
-    config.sample.update(frames=5, seed=7, count=6)
+    config.sample.update(frames=5, seed=7, count=COUNT, batch_size=OWN)
     write_run(config, folder / "run")
-    config.sample.update(SAMPLE)
+    config.sample.update(SAMPLE, batch_size=AT_A_TIME)
     config.run.seed = 3
-    scored = []
+    scored, rendered, put_rows = [], [], pipeline.put_rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "scene_scores", lambda *given: scored.append(given) or scene_scores(*given))
+        patch.setattr(pipeline, "put_rows", lambda rows, mesh: rendered.append(len(rows[-1])) or put_rows(rows, mesh))
         assert evaluate.evaluate(config, folder / "run") == 0
     result = json.loads((folder / "run" / "evaluation.json").read_text())
-    return Evaluated(folder / "run", *scored[0], result)
+    return Evaluated(folder / "run", rendered, *scored[0], result)
 
 
-def test_what_is_scored_are_a_users_videos_of_held_out_prompts(run):
-    source = held_out(6)
-    out = Pipeline.from_run(run.workdir, mesh=make_mesh())([text.prompt for text in source.texts], seed=7, **SAMPLE)
+@pytest.fixture(scope="module")
+def pipe(run):
+    """As in evaluate: bit for bit."""
+    pipe = Pipeline.from_run(run.workdir, mesh=make_mesh())
+    pipe.config.sample.batch_size = AT_A_TIME
+    return pipe
+
+
+def test_what_is_scored_are_a_users_videos_of_held_out_prompts(run, pipe):
+    source = held_out(COUNT)
+    out = pipe([text.prompt for text in source.texts], seed=7, **SAMPLE)
     np.testing.assert_array_equal(run.videos, out.videos)
     assert run.rephrased == out.rephrased and run.scenes == source.scenes
-    assert run.result["prompts"] == 6 and run.result["seeds"] == [7, 12]
-    assert sum(part["prompts"] for part in run.result["by_language"].values()) == 6
+    assert run.result["prompts"] == COUNT and run.result["seeds"] == [7, 15]
+    assert sum(part["prompts"] for part in run.result["by_language"].values()) == COUNT
 
 
-def test_without_states_the_prompt_is_not_heard(run):
+def test_the_result_says_what_was_measured_and_on_what(run):
+    """The hash is compared with a summary's in test_end_to_end.py."""
+    assert run.result["step"] == 1 and len(run.result["ema_sha256"]) == 64
+    assert run.result["prompts_seed"] == 3 and run.result["data"] == {"source": "scenes", "path": ""}
+
+
+def test_the_commands_batch_size_is_that_of_the_rendering_and_not_of_the_loss(run, pipe, tmp_path):
+    """With the run's own there would be two batches of eight, a row on each device; with the command's there is one."""
+    assert run.rendered == [16, 16], "the videos, and those without states"
+    losses = [evaluate.heldout_loss(pipe, held_out(COUNT), tmp_path, size, max_bad=0.0) for size in (8, 24)]
+    assert [each["clips"] for each in (*losses, run.result["heldout_loss"])] == [32, 32, 32]
+    for name in ("true", "shuffled", "zeroed"):
+        np.testing.assert_allclose(losses[0][name], losses[1][name], rtol=1e-5)
+
+
+def test_without_states_the_prompt_is_not_heard(run, pipe):
     """Seeds and masks are the same; of what the LLM said only its length is left."""
-    pipe = Pipeline.from_run(run.workdir, mesh=make_mesh())  # as in evaluate: bit for bit
-    prompts, (steps, guidance, temperature) = [text.prompt for text in held_out(6).texts], SAMPLE.values()
-    heard = pipe.language.rephrase(prompts, temperature=temperature, seeds=range(7, 13))
+    prompts, (steps, guidance, temperature) = [text.prompt for text in held_out(COUNT).texts], SAMPLE.values()
+    heard = pipe.language.rephrase(prompts, temperature=temperature, seeds=range(7, 16))
     deaf = heard._replace(states=heard.states * 0)
-    np.testing.assert_array_equal(run.unheard, pipe.render(deaf, range(7, 13), steps=steps, guidance=guidance))
+    np.testing.assert_array_equal(run.unheard, pipe.render(deaf, range(7, 16), steps=steps, guidance=guidance))
     assert (run.unheard != run.videos).any()
 
 
-def test_the_heldout_loss_tells_the_conditions_apart(run, tmp_path):
-    """With one text for all clips, another clip's states are one's own."""
+def test_the_heldout_loss_tells_the_conditions_apart(run, pipe, tmp_path):
+    """With one text for all clips, or one clip, another clip's states would be one's own: there are none."""
     losses = run.result["heldout_loss"]
     assert len(losses["times"]) == len(losses["true"]) and np.isfinite(losses["true"]).all()
     assert len({tuple(losses[name]) for name in ("true", "shuffled", "zeroed")}) == 3
-    alone = evaluate.heldout_loss(Pipeline.from_run(run.workdir), held_out(1), tmp_path, 4, max_bad=0.0)
-    np.testing.assert_allclose(alone["shuffled"], alone["true"], rtol=1e-6)  # of one text; rows of a batch round apart
-    assert np.abs(np.divide(alone["zeroed"], alone["true"]) - 1).max() > 1e-3
+    single = ScenesSource("heldout", num_texts=1, frames=5, height=16, width=16, length=1)
+    for source, clips in ((held_out(1), 32), (single, 1)):
+        alone = evaluate.heldout_loss(pipe, source, tmp_path, 4, max_bad=0.0)
+        assert alone.keys() == {"clips", "times", "true", "zeroed"} and alone["clips"] == clips
+        assert np.abs(np.divide(alone["zeroed"], alone["true"]) - 1).max() > 1e-3
 
 
-def test_a_clip_that_could_not_be_read_does_not_count(run, tmp_path):
+def test_a_clip_that_could_not_be_read_does_not_count(pipe, tmp_path):
     """The held-out loss is that of the others."""
 
     class Damaged(ScenesSource):
@@ -154,7 +186,6 @@ def test_a_clip_that_could_not_be_read_does_not_count(run, tmp_path):
                 raise BadClipError(self.name(item), "damaged")
             return super().load(item, rng)
 
-    pipe = Pipeline.from_run(run.workdir)
     sources = [Damaged("heldout", num_texts=2, frames=5, height=16, width=16, length=2) for _ in range(3)]
     sources[1].bad, sources[2].bad = [0], [1]
     found = [evaluate.heldout_loss(pipe, source, tmp_path, 2, max_bad=0.5) for source in sources]

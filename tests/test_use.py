@@ -122,13 +122,36 @@ def test_clips_that_were_moved_are_told_by_their_path(folder, tmp_path):
         evaluate(typed(folder, count=3), tmp_path / "run")
     paths = run_config.typed_paths(tmp_path / "run", {"data.path": str(tmp_path / "clips")})
     assert evaluate(typed(folder, count=3), tmp_path / "run", paths) == 0
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["prompts"] == 3
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["data"] == {"source": "folder", "path": str(tmp_path / "clips")} and result["prompts"] == 3
 
 
 def test_scenes_have_no_path_to_be_typed(folder, tmp_path):
     write_run(trained(folder, data__source="scenes", data__path=""), tmp_path / "run")
     with pytest.raises(ValueError, match='data.path: "" -> "clips"'):
         run_config.typed_paths(tmp_path / "run", {"data.path": "clips"})
+
+
+LONG = {
+    "a caption": ({"rephrased": "x" * 161}, "a rephrased caption has 161 tokens, model.llm.max_new=160 is the limit")
+}
+LONG["a prompt"] = ({"prompt": "x" * 161}, "the prompt has 161 tokens, at most 160 are allowed")
+
+
+@pytest.mark.parametrize("text", LONG)
+def test_a_held_out_text_over_the_budget_is_told_before_anything_is_made(folder, tmp_path, monkeypatch, text):
+    """With what can be done about it in use: the budget is the run's."""
+    columns, told = LONG[text]
+    rows = [{"file_name": f"{number}.mp4", "prompt": f"clip {number}", "split": "heldout"} for number in range(4)]
+    rows[2] |= columns
+    shutil.copytree(folder / "clips", tmp_path / "clips")
+    write_metadata(tmp_path / "clips", rows)
+    write_run(trained(folder, data__path=str(tmp_path / "clips")), tmp_path / "run")
+    made = []
+    monkeypatch.setattr(Pipeline, "render", lambda *given, **settings: made.append(given))
+    with pytest.raises(ValueError, match=f"1 of 4 held-out texts .*: {told}. Shorten .*, or leave their rows") as error:
+        evaluate(typed(folder), tmp_path / "run")
+    assert "raise" not in str(error.value) and not made
 
 
 def test_another_vae_than_in_training_is_refused(folder, tmp_path, monkeypatch):
