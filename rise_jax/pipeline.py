@@ -26,7 +26,7 @@ from rise_jax.models.attention import Backend
 from rise_jax.origin import check_states
 from rise_jax.published import load_vae, open_vae
 from rise_jax.sharding import batch_ways, put_parameters, put_rows, shardings
-from rise_jax.validate import check_clip, clip_size, sample_faults, tile_fault
+from rise_jax.validate import check_clip, clip_size, sample_faults, tile_faults
 from rise_jax.video import to_uint8
 
 LOG = logging.getLogger(__name__)
@@ -184,8 +184,8 @@ class Pipeline:
 
 def _pieced(model: Model, config: ConfigDict, tile: int) -> Model:
     """With another `tile` than that of training, where there is one."""
-    if fault := tile_fault(tile, open_vae(config.model.vae.path)):
-        raise ValueError(fault)
+    if faults := [*tile_faults(tile, open_vae(config.model.vae.path))]:
+        raise ValueError(faults[0])
     return in_tiles(model, tile) if tile else model
 
 

@@ -33,10 +33,9 @@ def validate(config: ConfigDict, vae: Pixels | WanVAE | None = None) -> None:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
     faults = [*_choices(config), *_sampling(config.sample), *_ranges(config), *_run_parts(config.run)]
     faults += [*_schedule(config.optim), *_backends(config.model), *_patterns(config.model.trainable)]
-    faults += _scene_texts(config.data.source, "data.texts", config.data.texts)
     faults += [*_model_sizes(config.model, vae), *_calibration(config.model), *_clip_sizes(config, vae)]
-    faults += filter(None, [tile_fault(config.model.vae.get("tile", 0), vae)])
-    if faults:
+    texts = _scene_texts(config.data.source, "data.texts", config.data.texts)
+    if faults := [*faults, *texts, *tile_faults(config.model.vae.get("tile", 0), vae)]:
         raise ValueError("the config cannot be run:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
@@ -48,9 +47,8 @@ def check_use(config: ConfigDict, run: ConfigDict) -> None:
     others = {"data": {"max_bad": config.data.max_bad}, "run": {"seed": config.run.seed}}
     faults = [*sample_faults(config.sample), *_ranges(ConfigDict(others)), *_seed_of_run(config.run)]
     faults += [*_backends(model), *check_clip(*size, model.dit.patch, vae, "sample")]
-    faults += filter(None, [tile_fault(config.model.vae.get("tile", 0), vae)])
     faults += _scene_texts(run.data.source, "sample.count", config.sample.count)
-    if faults:
+    if faults := [*faults, *tile_faults(config.model.vae.get("tile", 0), vae)]:
         raise ValueError("; ".join(faults))
 
 
@@ -82,14 +80,14 @@ def check_clip(
     return faults
 
 
-def tile_fault(tile: int, vae: Pixels | WanVAE) -> str:
-    """What is wrong with a `model.vae.tile`; "" for nothing."""
-    stride = vae.space_stride
-    if isinstance(vae, Pixels):
-        return f"model.vae.tile={tile}: the VAE 'pixels' has nothing to save by tiles; nearest: 0" if tile else ""
-    if tile >= 0 and tile % stride == 0:
-        return ""
-    return f"model.vae.tile={tile} is not a multiple of {stride}; nearest: {max(round(tile / stride), 1) * stride}, or 0: whole frames"
+def tile_faults(tile: int, vae: Pixels | WanVAE) -> Iterable[str]:
+    """Faults of a `model.vae.tile`."""
+    if tile and isinstance(vae, Pixels):
+        yield f"model.vae.tile={tile}: the VAE 'pixels' has nothing to save by tiles; nearest: 0"
+    elif tile < 0 or tile % vae.space_stride:
+        stride = vae.space_stride
+        near = max(round(tile / stride), 1) * stride
+        yield f"model.vae.tile={tile} is not a multiple of {stride}; nearest: {near}, or 0: whole frames"
 
 
 def _counts(model: ConfigDict) -> Iterable[str]:

@@ -9,7 +9,7 @@ from configs import stage0, stage1, stage2
 from rise_jax.condition_kinds import CONDITIONS
 from rise_jax.models.vae import Pixels
 from rise_jax.models.wan_vae import WanVAE
-from rise_jax.validate import RANGES, tile_fault, validate
+from rise_jax.validate import RANGES, tile_faults, validate
 
 FAULTS = {
     "data__frames": (6, r"data.frames=6 is not 4n\+1; nearest: 5"),
@@ -89,8 +89,10 @@ def test_a_fault_is_named_with_the_nearest_choice(key, tmp_path):
 
 
 def test_tiles_are_of_whole_latent_cells():
-    assert tile_fault(0, WanVAE()) == tile_fault(256, WanVAE()) == tile_fault(0, Pixels()) == ""
-    assert tile_fault(100, WanVAE()) == "model.vae.tile=100 is not a multiple of 8; nearest: 96, or 0: whole frames"
+    fine = ((0, WanVAE()), (256, WanVAE()), (0, Pixels()))
+    assert [fault for tile, vae in fine for fault in tile_faults(tile, vae)] == []
+    told = "model.vae.tile=100 is not a multiple of 8; nearest: 96, or 0: whole frames"
+    assert [*tile_faults(100, WanVAE())] == [told]
 
 
 @pytest.mark.parametrize("patch", [(1, 2), (1, 0, 2), ("a", 8, 8)])
