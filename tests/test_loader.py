@@ -79,7 +79,7 @@ def test_a_batch_has_the_fields_promised(load):
     np.testing.assert_array_equal(batch["video"][:, 0, 2, 2, 0], batch["text"])
 
 
-@pytest.mark.parametrize(("clips", "batch_size"), [(10, 4), (3, 8), (8, 4), (1, 2)])
+@pytest.mark.parametrize(("clips", "batch_size"), [(10, 4), (3, 8), (8, 4), (1, 2), (10, 1), (2, 1), (1, 1)])
 def test_every_epoch_shows_every_clip_once_across_batch_edges(load, clips, batch_size):
     epochs = 6
     got = joined(take(load(Numbered(clips), batch_size=batch_size), -(-epochs * clips // batch_size)))
@@ -108,10 +108,20 @@ def test_any_step_can_be_the_first(load, start):
     assert_same(take(load(Numbered(10)), 9)[start:], take(load(Numbered(10), start_step=start), 9 - start))
 
 
-def test_a_late_start_does_not_replay(load):
+@pytest.mark.parametrize("batch_size", [4, 1])
+def test_a_late_start_does_not_replay(load, batch_size):
     step = 10**9
-    batch = next(load(Numbered(10), start_step=step))
-    np.testing.assert_array_equal(batch["index"], 4 * step + np.arange(4))
+    batch = next(load(Numbered(10), start_step=step, batch_size=batch_size))
+    np.testing.assert_array_equal(batch["index"], batch_size * step + np.arange(batch_size))
+
+
+@pytest.mark.parametrize("clips", [10, 3, 1])
+def test_batches_of_one_are_the_rows_of_larger_ones(load, clips):
+    """From the first step and from a later one."""
+    whole, single = (joined(take(load(Numbered(clips), batch_size=size), 24 // size)) for size in (4, 1))
+    assert_same([whole], [single])
+    late = joined(take(load(Numbered(clips), batch_size=1, start_step=9), 15))
+    assert_same([{name: value[9:] for name, value in whole.items()}], [late])
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -44,8 +44,9 @@ def make_loader(
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     _validate(len(source), batch_size, seed, start_step, rows, workers, max_bad)
     load = _LoadRows(source, seed, batch_size, rows)
-    items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
-    batches = items.map_with_index(load)[start_step:]
+    items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    # Without end there is no remainder; counted with one, batches of 1 are more than a length can say.
+    batches = items.batch(batch_size, drop_remainder=True).map_with_index(load)[start_step:]
     threads = min(16, os.cpu_count() or 1)
     ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
