@@ -76,19 +76,6 @@ def meet(name: str) -> None:
 
 
 @contextmanager
-def first_then_others(name: str) -> Iterator[None]:
-    """The body runs in process 0 and then in the others: what it leaves in files, they find there.
-
-    Where it fails in process 0, the others end with that process.
-    """
-    if not is_first():
-        meet(name)
-    yield
-    if is_first():
-        meet(name)
-
-
-@contextmanager
 def one_voice() -> Iterator[None]:
     """Only process 0 prints; what goes wrong is told on stderr by every process."""
     with open(os.devnull, "w") as silence, nullcontext() if is_first() else redirect_stdout(silence):

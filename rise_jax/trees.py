@@ -29,11 +29,6 @@ def nested(leaves: dict[str, Any]) -> dict:
     return tree
 
 
-def path_names(tree: Any) -> list[str]:
-    """Paths of all leaves in the order of `jax.tree.leaves`."""
-    return list(named_leaves(tree))
-
-
 def partition(tree: dict, patterns: str | Sequence[str]) -> tuple[dict, dict]:
     """Splits a nested dict into (leaves whose path matches a pattern, all others); `re.search`, so anchor with ^ or $.
 

@@ -11,7 +11,6 @@ from rise_jax.processes import (
     Stop,
     any_process,
     check_agreed,
-    first_then_others,
     from_first,
     gathered,
     meet,
@@ -73,8 +72,6 @@ def test_half_set_or_wrong_variables_are_named():
 
 def test_alone_all_of_it_is_the_identity():
     meet("nobody")
-    with first_then_others("nobody"):
-        pass
     rows = np.arange(6).reshape(2, 3)
     assert from_first(True) and not any_process(False) and any_process(True)
     np.testing.assert_array_equal(from_first(rows), rows)
