@@ -33,7 +33,8 @@ class Report:
 
     `work`: with it, lines have the rates that the step's seconds make of it. All lines have the peaks of memory so far.
 
-    Where a step cannot be written, the call that writes it raises OSError with path and reason.
+    Raises ValueError for a metrics.jsonl that is damaged before its last line. Where a step cannot be written, the call that
+    writes it raises OSError with path and reason.
     """
 
     def __init__(self, workdir: str | os.PathLike, total_steps: int, start_step: int = 0, work: Work | None = None):
@@ -121,8 +122,10 @@ def write_summary(workdir: str | os.PathLike, summary: dict[str, Any]) -> None:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, oldest first."""
-    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, oldest first. Raises ValueError with the line that is damaged."""
+    path = Path(workdir) / "metrics.jsonl"
+    with path.open("rb") as lines:
+        return [_step(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def peak_memory_gib() -> float:
@@ -137,12 +140,24 @@ def finite_or_none(value: float) -> float | None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keeps the complete lines up to `step`; a line cut by a crash goes too."""
+    """Keeps the complete lines up to `step`; a line cut by a crash goes too. Raises ValueError with another that is damaged."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with path.open("rb") as lines:
+        whole = [line for line in lines if line.endswith(b"\n")]
+    kept = [line for number, line in enumerate(whole, start=1) if _step(path, number, line)["step"] <= step]
     scratch = path.with_name(path.name + ".tmp")
     with told(path):
-        scratch.write_text("".join(kept))
+        scratch.write_bytes(b"".join(kept))
         scratch.replace(path)
+
+
+def _step(path: Path, number: int, line: bytes) -> dict[str, float]:
+    """What a line says of a step."""
+    with suppress(ValueError):
+        values = json.loads(line)
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            return values
+    raise ValueError(
+        f"{path} is damaged (line {number} is no JSON object with a step): remove that line, and the run goes on without it"
+    )

@@ -47,6 +47,25 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "line", [b"", b"\0" * 20, b'{"step": 2, "lo', b"[2]", b'{"loss": 1.0}', b'{"step": null}', b'{"step": "\xff"}']
+)
+def test_a_damaged_line_is_told_with_its_file_and_number(tmp_path, line):
+    run(tmp_path, 0, 3)
+    file = tmp_path / "metrics.jsonl"
+    first, _, third = file.read_bytes().splitlines()
+    damaged = b"\n".join([first, line, third, b""])
+    file.write_bytes(damaged)
+    told = rf"{file} is damaged \(line 2 is no JSON object with a step\): remove that line, and the run goes on"
+    for reading in (lambda: Report(tmp_path, 6, start_step=3), lambda: read_metrics(tmp_path)):
+        with pytest.raises(ValueError, match=told):
+            reading()
+    assert file.read_bytes() == damaged
+    file.write_bytes(damaged.replace(line + b"\n", b"", 1))
+    run(tmp_path, 3, 4)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4]
+
+
 def test_metrics_come_back_one_step_late_and_flush_gives_the_last(tmp_path):
     with Report(tmp_path, 2) as report:
         assert report.log(1, {"loss": jnp.float32(4)}) is None
