@@ -63,6 +63,11 @@ class Condition(Protocol):
     ) -> Rephrasings:
         """What conditions the videos of prompts in use. Raises ValueError for an empty prompt or one over its budget."""
 
+    def write(
+        self, prompts: Sequence[str], *, temperature: float = 0.0, seeds: Sequence[int] | None = None, progress=iter
+    ) -> tuple[list[list[int]], list[str]]:
+        """Where it `writes`: the tokens and texts of `rephrase`, without computing or keeping more than they take."""
+
     def states_in_step(self, frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         """For the step: (states, mask) from `tokens` rows in the batch and {"llm": params, "prefix": prefix} in `frozen`."""
 
@@ -187,9 +192,15 @@ class RewriteThenEncode(_Encoded):
         self, prompts: Sequence[str], *, temperature: float = 0.0, seeds: Sequence[int] | None = None, progress=iter
     ) -> Rephrasings:
         """Decodes as `Language.rephrase` does, then encodes the decoded ids."""
-        written = self._writer.rephrase(prompts, temperature=temperature, seeds=seeds, progress=progress)
-        states, mask = self.teach([Pair(*both) for both in zip(prompts, written.tokens)])
-        return written._replace(states=states, mask=mask)
+        tokens, texts = self.write(prompts, temperature=temperature, seeds=seeds, progress=progress)
+        states, mask = self.teach([Pair(*both) for both in zip(prompts, tokens)])
+        return Rephrasings(states, mask, tokens, texts)
+
+    def write(
+        self, prompts: Sequence[str], *, temperature: float = 0.0, seeds: Sequence[int] | None = None, progress=iter
+    ) -> tuple[list[list[int]], list[str]]:
+        """As `Language.write`: the first of the two passes."""
+        return self._writer.write(prompts, temperature=temperature, seeds=seeds, progress=progress)
 
 
 class Native(_Encoded):

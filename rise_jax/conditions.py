@@ -19,6 +19,7 @@ from rise_jax.video import write_file
 
 LOG = logging.getLogger(__name__)
 PART = 4096  # prompts: minutes of an LLM's work
+NAMED = 5  # prompts in an error
 # Keys of the first line of captions, and of the others.
 HEAD, LINE = {"llm", "max_new"}, {"prompt", "rephrased", "tokens"}
 
@@ -28,7 +29,7 @@ def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
 
     What is written is kept every PART prompts, so that a run that is ended meanwhile goes on from there. Where the condition needs
     none, none is written. Several processes write them together, and process 0 keeps them. Raises ValueError when `file` is damaged or
-    was written by another LLM or instruction, or when the LLM wrote nothing for a prompt.
+    was written by another LLM or instruction, and, once the others are written and kept, when the LLM wrote nothing for some prompts.
     """
     unwritten = lambda text: language.writes and text.rephrased is None
     missing = sorted({text.prompt for text in texts if unwritten(text)})
@@ -42,6 +43,7 @@ def complete(texts: list[Text], language: Condition, file: Path) -> list[Pair]:
         if is_first():
             lines = [_head(language), *({"prompt": prompt, **known[prompt]} for prompt in sorted(known))]
             write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    _check_written([prompt for prompt in new if prompt not in known], len(new), file)
     return [
         Pair(text.prompt, known[text.prompt]["tokens"]) if unwritten(text) else language.pair(text) for text in texts
     ]
@@ -80,18 +82,21 @@ def fingerprint_of(pairs: list[Pair], language: Condition) -> str:
 
 
 def _write(prompts: list[str], language: Condition) -> dict[str, dict]:
-    written = language.rephrase(
+    """What the LLM wrote, by prompt; those for which it wrote nothing are left out."""
+    tokens, texts = language.write(
         prompts, progress=lambda steps: tqdm(steps, desc="LLM captions", unit="batch", disable=None)
     )
-    empty = [prompt for prompt, text in zip(prompts, written.texts) if not text]
-    if empty:
+    return {prompt: {"rephrased": text, "tokens": ids} for prompt, text, ids in zip(prompts, texts, tokens) if text}
+
+
+def _check_written(silent: list[str], asked: int, file: Path) -> None:
+    if silent:
+        named = ", ".join(f"{prompt[:80]!r}" for prompt in silent[:NAMED])
+        more = f" and {len(silent) - NAMED} more" if len(silent) > NAMED else ""
         raise ValueError(
-            f"the LLM wrote nothing for {len(empty)} of {len(prompts)} prompts, the first: {empty[0]!r}; give `rephrased`"
+            f"the LLM wrote nothing for {len(silent)} of {asked} prompts: {named}{more}; give their `rephrased` "
+            f"(what it wrote for others is kept in {file})"
         )
-    return {
-        prompt: {"rephrased": text, "tokens": tokens}
-        for prompt, text, tokens in zip(prompts, written.texts, written.tokens)
-    }
 
 
 def _read_states(file: Path) -> tuple[np.ndarray, np.ndarray, str, dict]:

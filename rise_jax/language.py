@@ -6,7 +6,7 @@ instruction's keys and values, computed once.
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -173,10 +173,26 @@ class Language:
 
         Raises ValueError for an empty prompt or one over its budget.
         """
+        states, tokens = [], []
+        for array, said in self._decoded(prompts, temperature, seeds, progress):
+            states.append(np.asarray(array.astype(jnp.float32))[: len(said)])
+            tokens += said
+        _, mask = right_pad(tokens, self.max_new, self._pad)
+        return Rephrasings(np.concatenate(states), mask, tokens, [self.prompter.text(ids) for ids in tokens])
+
+    def write(
+        self, prompts: Sequence[str], *, temperature: float = 0.0, seeds: Sequence[int] | None = None, progress=iter
+    ) -> tuple[list[list[int]], list[str]]:
+        """As `rephrase`: the tokens and the texts alone. The states of a few thousand prompts are gigabytes."""
+        batches = self._decoded(prompts, temperature, seeds, progress)
+        tokens = [ids for _, said in batches for ids in said]
+        return tokens, [self.prompter.text(ids) for ids in tokens]
+
+    def _decoded(self, prompts, temperature, seeds, progress) -> Iterator[tuple[jax.Array, list[list[int]]]]:
+        """Per batch, in the prompts' order: states [size, max_new, d_llm], which stay on the device, and the ids of n <= size rows."""
         ids = [self.prompter.prompt_ids(prompt) for prompt in prompts]
         seeds = np.asarray(seeds if seeds is not None else np.zeros(len(ids)), np.uint32)
         p = min(rounded(max(map(len, ids))), self.prompter.width)
-        parts = []
         size = batch_size(self.mesh, len(ids))
         for start in progress(range(0, len(ids), size)):
             rows = np.arange(start, min(start + size, len(ids)))
@@ -192,12 +208,8 @@ class Language:
                 temperature=temperature,
                 keys=_keys(put_rows(seeds[padded], self.mesh)) if temperature > 0 else None,
             )
-            parts.append(
-                [np.asarray(array)[: len(rows)] for array in (out.states.astype(jnp.float32), out.mask, out.tokens)]
-            )
-        states, mask, tokens = (np.concatenate(arrays) for arrays in zip(*parts))
-        kept = [row[keep].tolist() for row, keep in zip(tokens, mask)]
-        return Rephrasings(states, mask, kept, [self.prompter.text(ids) for ids in kept])
+            tokens, mask = (np.asarray(array)[: len(rows)] for array in (out.tokens, out.mask))
+            yield out.states, [row[keep].tolist() for row, keep in zip(tokens, mask)]
 
     def states_in_step(self, frozen: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         """For the step: (states, mask) from `tokens` rows in the batch and {"llm": params, "prefix": ...} in `frozen`."""

@@ -1,5 +1,6 @@
 """What conditions the video: each kind's states against transformers and the other kinds; one loss in both modes; never mixed up."""
 
+import tracemalloc
 from contextlib import nullcontext
 
 import jax
@@ -64,6 +65,7 @@ def test_encoded_states_are_those_of_transformers_at_the_prompts_tokens(opens, l
 def test_rewrite_then_encode_reads_alone_what_rephrase_says(kinds):
     said, rewritten = (kinds[name].rephrase(PROMPTS) for name in ("rephrase", "rewrite_then_encode"))
     assert rewritten.tokens == said.tokens and rewritten.texts == said.texts and all(map(len, said.tokens))
+    assert all(kinds[name].write(PROMPTS) == (said.tokens, said.texts) for name in ("rephrase", ALONE[1]))
     np.testing.assert_array_equal(rewritten.mask, said.mask)
     states, mask = kinds["encode"].teach([Pair("", ids) for ids in said.tokens])
     np.testing.assert_allclose(rewritten.states, states[:, :24], atol=1e-5)
@@ -75,6 +77,25 @@ def test_rewrite_then_encode_reads_alone_what_rephrase_says(kinds):
 def test_the_seed_draws_the_rewritten_text(kinds):
     drawn = [kinds[name].rephrase(PROMPTS, temperature=1.0, seeds=[3, 4, 5]) for name in ("rephrase", ALONE[1])]
     assert drawn[0].tokens == drawn[1].tokens != kinds["rephrase"].rephrase(PROMPTS).tokens
+    assert kinds[ALONE[1]].write(PROMPTS, temperature=1.0, seeds=[3, 4, 5])[0] == drawn[0].tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rephrase", ALONE[1]])
+def test_no_state_is_kept_to_write_captions(name, tmp_path):
+    """Four batches of an LLM with wide states: the host never holds as much as theirs would be."""
+    folder = write_llm(tmp_path / "llm", width=128)
+    instruction = str(folder / "instruction.txt")
+    kind = open_text(name, path=str(folder), instruction=instruction, dtype="float32", max_prompt=20, max_new=24)
+    texts = [Text(f"{number:03}", None) for number in range(128)]
+    complete(texts[:32], kind, tmp_path / "compiled.jsonl")
+    tracemalloc.start()
+    try:
+        complete(texts, kind, tmp_path / "captions.jsonl")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(texts) * 24 * 128 * 4
 
 
 def test_a_rewriting_without_a_token_has_no_states(kinds):

@@ -46,21 +46,40 @@ def test_captions_written_before_a_run_ended_are_not_written_again(language, tmp
     """Two of three are kept when the LLM fails at the third; then only that one is asked for, and the file is as if nothing failed."""
     texts = [Text(prompt, None) for prompt in ("a red circle", "a green square", "a blue triangle")]
     expected = complete(texts, language, tmp_path / "whole.jsonl")
-    rephrase, asked = language.rephrase, []
+    write, asked = language.write, []
 
     def failing(prompts, **options):
         asked.append(prompts)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return rephrase(prompts, **options)
+        return write(prompts, **options)
 
     monkeypatch.setattr(conditions, "PART", 1)
-    monkeypatch.setattr(language, "rephrase", failing)
+    monkeypatch.setattr(language, "write", failing)
     with pytest.raises(KeyboardInterrupt):
         complete(texts, language, tmp_path / "parts.jsonl")
     assert complete(texts, language, tmp_path / "parts.jsonl") == expected
     assert asked[2] == asked[3] and len(asked) == 4
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_prompts_that_the_llm_answers_with_nothing_are_named_when_the_others_are_kept(tmp_path, monkeypatch):
+    """The one token that this LLM may write is a blank for most prompts. Parts of 4, each with one that it answers."""
+    folder = write_llm(tmp_path / "llm", seed=122, ends=True)
+    language = Language(path=str(folder), **SETTINGS | dict(instruction=str(folder / "instruction.txt"), max_new=1))
+    answered, silent = ["!!!!!!!!!!", "zzzzzzzzzzzzzzz"], ["7", "7 ball", "a red", "a red circle", "ein", "ein ball"]
+    file = tmp_path / "captions.jsonl"
+    monkeypatch.setattr(conditions, "PART", 4)
+    named = ", ".join(map(repr, silent[:5]))
+    told = rf"wrote nothing for 6 of 8 prompts: {named} and 1 more; give their `rephrased` .* kept in {file}\)"
+    with pytest.raises(ValueError, match=told):
+        complete([Text(prompt, None) for prompt in (*silent, *answered)], language, file)
+    kept = file.read_bytes()
+    with pytest.raises(ValueError, match="wrote nothing for 1 of 1 prompts: 'ein'; give"):
+        complete([Text(prompt, None) for prompt in (*answered, "ein")], language, file)
+    assert file.read_bytes() == kept
+    pairs = complete([*(Text(prompt, None) for prompt in answered), Text("ein", "1")], language, file)
+    assert [pair.tokens for pair in pairs[:2]] == language.write(answered)[0] and all(pair.tokens for pair in pairs)
 
 
 def test_captions_of_another_instruction_are_refused(language, tmp_path):
