@@ -40,8 +40,8 @@ $(VENV)/.made:
 	  "Set PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { echo "Python 3.11 or 3.12 is needed; PYTHON=$(PYTHON) is" \
 	  "$$($(PYTHON) --version 2>&1 | head -1)" >&2; exit 1; }
-	@if [ -e $(VENV) ] && [ ! -e $(VENV)/.begun ]; then echo "$(VENV) is there, and was not made by make: move it away," \
-	  "or install into it yourself, as README.md says under Train" >&2; exit 1; fi
+	@if [ -e $(VENV) ] && [ ! -e $(VENV)/.begun ]; then echo "$(VENV) is there, without the mark (.begun) of what make makes: remove it or" \
+	  "move it away, or go on with it without make, as README.md says under Train" >&2; exit 1; fi
 	@rm -rf $(VENV) && mkdir $(VENV) && touch $(VENV)/.begun
 	$(PYTHON) -m venv $(VENV)
 	@touch $@

@@ -23,7 +23,7 @@ from rise_jax.data.open import open_source
 from rise_jax.data.sources import Source, Text
 from rise_jax.language import gathered
 from rise_jax.pipeline import Pipeline, open_run
-from rise_jax.processes import is_first
+from rise_jax.processes import check_agreed, is_first
 from rise_jax.runs import Run
 from rise_jax.sharding import batch_ways, describe, make_mesh, put_rows
 from rise_jax.sheets import contact_sheet
@@ -176,6 +176,7 @@ def heldout_loss(pipe: Pipeline, source: Source, workdir: Path, batch_size: int,
     of them, or where none can be read. ValueError for texts as in `check_heldout`.
     """
     clips = _read(source, workdir / "quarantine.jsonl", max_bad)
+    check_agreed(clips["index"].tolist(), "which held-out clips can be read")
     texts = [source.texts[i] for i in clips.pop("text")]
     check_heldout(texts, pipe.language)
     states, mask = pipe.language.teach(complete(texts, pipe.language, workdir / "captions-heldout.jsonl"))

@@ -22,7 +22,7 @@ def export(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mapping
     folder = workdir / "export"
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: remove it, or move it away, to export again")
-    run, language, vae = open_run(workdir, paths)
+    run, language, vae = open_run(workdir, paths, tile=config.model.vae.tile if config else 0)
     write_export(folder, run, language, vae)
     print(
         f"{folder}: step {run.step} of {run.config.run.stage}, preset {run.config.run.preset}; "

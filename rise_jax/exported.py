@@ -32,7 +32,7 @@ from rise_jax.runs import Run
 from rise_jax.sharding import shardings
 from rise_jax.tensor_folder import TensorFile
 from rise_jax.trees import named_leaves
-from rise_jax.validate import clip_size
+from rise_jax.validate import clip_size, tile_faults
 from rise_jax.version import VERSION
 from rise_jax.weights_wan import load_wan, merge_low_rank, save_wan
 from rise_jax.weights_wan_vae import open_wan_vae, save_wan_vae
@@ -87,7 +87,8 @@ def read_export(folder: Path, llm: str | None = None, mesh: Mesh | None = None, 
     card = read_card(folder)
     config = _config(card, folder)
     _refuse_missing(folder, config.model.vae.path)
-    if faults := dit_faults(config.model, open_vae(config.model.vae.path).channels):
+    vae = open_vae(config.model.vae.path)
+    if faults := [*dit_faults(config.model, vae.channels), *tile_faults(config.model.vae.get("tile", 0), vae)]:
         raise ValueError(f"the parts of {folder} do not belong together:\n" + "\n".join(f"  {x}" for x in faults))
     settings = config.model[CONDITIONS[config.model.condition].group]
     settings.path = llm or settings.path

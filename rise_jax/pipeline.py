@@ -228,7 +228,9 @@ def open_run(
     run = runs.read_run(workdir, language.width, place, backend or Backend.here(), paths)
     vae, identity = load_vae(config.model.vae.path, place)
     runs.check_vae(str(workdir), meta["vae"], identity)
-    return run._replace(model=_pieced(run.model, run.config, tile)), language, vae
+    model = _pieced(run.model, run.config, tile)
+    run.config.model.vae.tile = tile or run.config.model.vae.get("tile", 0)
+    return run._replace(model=model), language, vae
 
 
 def make_videos(model: Model, params, vae, states, mask, seeds, times, guidance, *, shape, stepper):

@@ -167,9 +167,8 @@ def initial_parameters(
     leaves, origins = _from_run(source, config, llm, names) if source else ({}, {})
     leaves = {name: put(leaf, targets[name]) for name, leaf in leaves.items()}
     filed, filed_origins = published.load_leaves(config.model, model.abstract, names.keys() - leaves.keys(), place)
-    before = source.meta["provenance"] if source else filed_origins
-    if other := {name.split("/")[0] for name, origin in filed_origins.items() if before.get(name, origin) != origin}:
-        LOG.warning("run.init_from was trained on other files of: %s", ", ".join(sorted(other)))
+    if source:
+        _compare_files(source, config.model, filed_origins)
     leaves, origins = leaves | filed, origins | filed_origins
     new = [name for name in names if name not in leaves]
     if new:
@@ -185,6 +184,20 @@ def initial_parameters(
             adapter = calibrate_output(tree["adapter"], *published.native_statistics(config.model, place))
             tree["adapter"] = put(adapter, place({"adapter": adapter})["adapter"])
     return Parameters(tree, {name: origins[name] for name in names})
+
+
+def _compare_files(source: Run, model: ConfigDict, origins: dict[str, str]) -> None:
+    """Warns where published leaves, by {path: origin}, are from other files than in the run `source`.
+
+    ValueError where both name the same path: the file changed since.
+    """
+    before = source.meta["provenance"]
+    other = sorted({name.split("/")[0] for name, origin in origins.items() if before.get(name, origin) != origin})
+    paths = lambda of: {"dit": of.dit.path, "null": of.null}
+    if changed := [part for part in other if paths(source.config.model)[part] == paths(model)[part]]:
+        raise ValueError(f"run.init_from was trained with other files: {', '.join(changed)} changed since")
+    if other:
+        LOG.warning("run.init_from was trained on other files of: %s", ", ".join(other))
 
 
 def _from_run(source: Run, config: ConfigDict, llm: dict, names: dict) -> tuple[dict, dict]:

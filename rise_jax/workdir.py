@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from rise_jax.writing import told
 
 # Keys that may differ between the starts of one run: they change how long or where it runs, not what it computes.
-FREE = r"""(?x)^( run\.(steps|accumulate|save_every|keep|profile) | model\.(attention|sequence|dit\.remat|vae\.tile)
+FREE = r"""(?x)^( run\.(stage|preset|steps|accumulate|save_every|keep|profile) | model\.(attention|sequence|dit\.remat|vae\.tile)
 | mesh\..* | sample\..* | data\.(workers|max_bad) )$"""
 # Where the same files lie, which their hashes or the checkpoint hold to.
 PATHS = r"^model\.((llm|dit|vae|native)\.path|llm\.instruction)$"
@@ -152,9 +152,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def set_aside(*paths: Path) -> None:
     """Renames what an earlier call left at `paths`, files or folders side by side, to NAME-N and says so: nothing is written over.
 
-    N is the same for all of them, one above the largest that is there. An empty folder stays. Raises OSError with path and reason.
+    N is the same for all of them, one above the largest that is there. A folder is there as before, empty; of a link to one, what it
+    leads to is renamed. Raises OSError with path and reason.
     """
-    left = [path for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+    left = [path.resolve() for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
     if not left:
         return
     folder, names = left[0].parent, "|".join(re.escape(path.stem) for path in paths)
@@ -164,6 +165,8 @@ def set_aside(*paths: Path) -> None:
         kept = path.with_stem(f"{path.stem}-{number}")
         with told(kept):
             path.rename(kept)
+            if kept.is_dir():
+                path.mkdir()
         print(f"{path} of an earlier call is {kept.name} now", flush=True)
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from rise_jax.models.dit import DiT, coordinate_channels, fit_context, patchify, rope_table, unpatchify
-from tests.wan import GRID, TINY, build, forward, make_inputs, random_params, relative, sizes_of
+from tests.wan import GRID, TINY, build, equations, forward, make_inputs, random_params, relative, sizes_of
 
 
 def tiny():
@@ -126,15 +126,6 @@ def test_bfloat16_leaves_the_islands_of_wan_in_float32():
 
 def is_highest(equation):
     return equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
-
-
-def equations(program):
-    """Every equation of a trace, those of inner programs too."""
-    for equation in program.eqns:
-        yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
-            if hasattr(value, "eqns"):
-                yield from equations(getattr(value, "jaxpr", value))
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3), (1, 1, 1)])

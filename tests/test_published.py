@@ -85,9 +85,10 @@ def test_tiles_change_no_video_and_may_change_with_every_start(workdir, files, t
         Pipeline.from_run(workdir, tile=5)
     moved = tmp_path / "again"
     shutil.copytree(workdir, moved)
-    config = config_of(files, run__steps=2)
+    config = config_of(files, run__steps=3)
     config.model.vae.tile = 8
     assert train(config, moved) == 0
+    assert json.loads((moved / "summary.json").read_text())["steps"] == 3
 
 
 def test_it_resumes_and_notices_files_that_changed(workdir, files, tmp_path):
@@ -104,6 +105,8 @@ def test_it_resumes_and_notices_files_that_changed(workdir, files, tmp_path):
     (moved / "config.json").write_text(json.dumps(written))
     with pytest.raises(ValueError, match="moved was trained with other files: dit changed since"):
         Pipeline.from_run(moved)
+    with pytest.raises(ValueError, match="run.init_from was trained with other files: dit changed since"):
+        train(config_of(tmp_path / "files", 2, run__init_from=str(moved)), tmp_path / "second")
 
 
 def test_a_continuation_takes_moved_files_and_keeps_its_config_where_they_are_others(workdir, files, tmp_path):

@@ -205,3 +205,13 @@ def test_files_may_be_moved_but_not_added_or_dropped(tmp_path, part):
     claim(tmp_path / "other", config(""))
     with pytest.raises(ValueError, match=f'model.{part}.path: "" -> "here"'):
         check_workdir(tmp_path / "other", config("here"))
+
+
+def test_of_a_linked_folder_what_it_leads_to_is_set_aside(tmp_path):
+    """Videos on another disk stay there, and so do those to come."""
+    (tmp_path / "run").mkdir(), (tmp_path / "disk" / "samples").mkdir(parents=True)
+    (tmp_path / "run" / "samples").symlink_to(tmp_path / "disk" / "samples")
+    (tmp_path / "disk" / "samples" / "000.png").touch()
+    set_aside(tmp_path / "run" / "samples")
+    assert (tmp_path / "disk" / "samples-1" / "000.png").exists()
+    assert (tmp_path / "run" / "samples").is_symlink() and [*(tmp_path / "run" / "samples").iterdir()] == []

@@ -88,6 +88,15 @@ def forward_torch(model, latents, t, context, text_len):
     return output.movedim(1, -1)
 
 
+def equations(program):
+    """Every equation of a trace, those of inner programs too."""
+    for equation in program.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
 def random_params(abstract, scale=0.3):
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), abstract)
