@@ -1,5 +1,6 @@
 """A run whose video model, VAE and null condition come from published files: taken whole, kept byte for byte, told apart."""
 
+import functools
 import json
 import shutil
 
@@ -36,7 +37,9 @@ def workdir(files, tmp_path_factory):
     return workdir
 
 
+@functools.cache
 def leaves(workdir):
+    """Of a run that is not trained on."""
     return {name: np.asarray(leaf) for name, leaf in named_leaves(Pipeline.from_run(workdir).params).items()}
 
 
