@@ -58,7 +58,11 @@ def train_tokenizer():
 
 @functools.cache
 def tokenizer_text():
-    return train_tokenizer().to_str()  # once: two trainings number their pieces differently
+    """Two trainings number their pieces differently: here they have the order of the alphabet, so every run reads the same ids."""
+    found = json.loads(train_tokenizer().to_str())
+    special, pieces = found["model"]["vocab"][:3], found["model"]["vocab"][3:]
+    found["model"]["vocab"] = special + sorted([piece, round(score, 3)] for piece, score in pieces)
+    return json.dumps(found)
 
 
 def save(kind, folder, shard="1GB"):
