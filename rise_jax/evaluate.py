@@ -34,7 +34,7 @@ from rise_jax.video import write_png
 from rise_jax.workdir import set_aside, write_json
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)
-CLIPS = 32  # of the held-out loss, however many go through the model at a time
+CLIPS = 32  # of the held-out loss, and texts of its scenes, whatever sample.count and sample.batch_size are
 PICTURED = 12  # videos in the picture
 UNHEARD = 32  # prompts whose videos are also made from zeroed states, the first ones
 _BESIDE = {"shuffled": "shuffled", "zeroed": "zeroed", "kept_by_rephrasing": "kept by the rephrasing"}
@@ -50,6 +50,7 @@ def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
     own = run_config.config_at(workdir, paths)
     check_use(config, own)
     source = _held_out(own.data, config.sample.count, config.run.seed)
+    measured = _held_out(own.data, CLIPS, config.run.seed) if own.data.source == "scenes" else source
     run, pipe = _opened(config, workdir, paths)
     prompts = [text.prompt for text in source.texts[: config.sample.count]]
     check_heldout([Text(prompt, None) for prompt in prompts], pipe.language)
@@ -57,7 +58,7 @@ def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
     settings = {name: config.sample[name] for name in ("steps", "guidance", "stepper")}
     settings |= dict(zip(("frames", "height", "width"), clip_size(config.sample, pipe.config.data)))
 
-    losses = heldout_loss(pipe, source, workdir, config.sample.batch_size, config.data.max_bad)
+    losses = heldout_loss(pipe, measured, workdir, config.sample.batch_size, config.data.max_bad)
     heard = pipe.language.rephrase(prompts, temperature=config.sample.temperature, seeds=seeds)
     videos = pipe.render(heard, seeds, **settings)
     result = _identity(run) | {

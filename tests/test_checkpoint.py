@@ -72,6 +72,12 @@ def test_restores_every_bit_and_the_meta_data(saved):
     assert_same(state, make_state(1))
 
 
+def test_a_folder_that_is_only_read_is_opened_without_a_word(saved, caplog):
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        Checkpoints(saved, read_only=True).close()
+    assert not caplog.records
+
+
 def test_nothing_saved_is_none_and_a_step_that_is_not_there_is_named(tmp_path, saved):
     assert Checkpoints(tmp_path / "new").restore(abstract(make_state(0))) is None
     assert Checkpoints(tmp_path / "absent", read_only=True).restore(abstract(make_state(0))) is None

@@ -154,6 +154,12 @@ def test_the_commands_batch_size_is_that_of_the_rendering_and_not_of_the_loss(ru
         np.testing.assert_allclose(losses[0][name], losses[1][name], rtol=1e-5)
 
 
+def test_the_loss_of_scenes_is_the_same_however_many_prompts_are_asked_for(run, pipe, tmp_path):
+    fixed = evaluate.heldout_loss(pipe, held_out(evaluate.CLIPS), tmp_path, AT_A_TIME, max_bad=0.0)
+    for name in ("true", "shuffled", "zeroed"):
+        np.testing.assert_allclose(run.result["heldout_loss"][name], fixed[name], rtol=1e-5)
+
+
 def test_without_states_the_prompt_is_not_heard(run, pipe):
     """Seeds and masks are the same; of what the LLM said only its length is left."""
     prompts, (steps, guidance, temperature) = [text.prompt for text in held_out(COUNT).texts], SAMPLE.values()

@@ -55,6 +55,7 @@ WRONG = [
     ("model.llm.dtype", "float8", "model.llm.dtype='float8' (supported: 'float32' or 'bfloat16')"),
     ("model.llm.layer", "last", "model.llm.layer='last' (must be a whole number)"),
     ("model.vae.dtype", "int8", "model.vae.dtype='int8' (supported: 'float32' or 'bfloat16')"),
+    ("model.vae.tile", -8, "model.vae.tile=-8 (must be a whole number >= 0)"),
     ("model.dtype", "float64", "model.dtype='float64' (supported: 'float32' or 'bfloat16')"),
     ("model.foo", 1, "model.foo=1 (unknown; nearest: "),
     ("model.adapter", [{}], "model.adapter=[{}] (must be an object)"),

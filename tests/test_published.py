@@ -14,6 +14,8 @@ import wan_vae
 from published_parts import config_of, null_of, write_files
 
 from rise_jax import Pipeline
+from rise_jax.export import export
+from rise_jax.export_card import CARD
 from rise_jax.run_config import moved_paths
 from rise_jax.runs import read_run
 from rise_jax.train import train
@@ -92,6 +94,28 @@ def test_tiles_change_no_video_and_may_change_with_every_start(workdir, files, t
     config.model.vae.tile = 8
     assert train(config, moved) == 0
     assert json.loads((moved / "summary.json").read_text())["steps"] == 3
+
+
+def test_an_export_keeps_its_tiles_and_those_asked_for_go_before(workdir, files, tmp_path):
+    options = dict(height=24, width=24, steps=1)
+    video = Pipeline.from_run(workdir)("a red circle", **options).videos.astype(int)
+    shutil.copytree(workdir, tmp_path / "run")
+    config = config_of(files)
+    config.model.vae.tile = 8
+    assert export(config, tmp_path / "run") == 0
+    folder = tmp_path / "run" / "export"
+    card = json.loads((folder / CARD).read_text())
+    assert card["model"]["vae"]["tile"] == 8
+    own, asked = Pipeline.from_export(folder), Pipeline.from_export(folder, tile=12)
+    pieces = [str(jax.make_jaxpr(pipe.model.decode)(pipe.vae, np.zeros((1, 2, 12, 12, 5)))) for pipe in (own, asked)]
+    assert pieces[0] != pieces[1]
+    assert np.abs(own("a red circle", **options).videos - video).max() <= 1
+    with pytest.raises(ValueError, match="model.vae.tile=7 is not a multiple of 2; nearest: 8, or 0"):
+        Pipeline.from_export(folder, tile=7)
+    card["model"]["vae"]["tile"] = 5
+    (folder / CARD).write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="do not belong together:\n  model.vae.tile=5 is not a multiple of 2"):
+        Pipeline.from_export(folder)
 
 
 def test_it_resumes_and_notices_files_that_changed(workdir, files, tmp_path):

@@ -1,5 +1,6 @@
 """Real processes of main.py: two train as one does, and no fault of faults.py loses anything. `make faults` throws many more."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -100,17 +101,36 @@ def test_two_processes_by_the_local_launcher_make_the_videos_of_one(lab):
     flags = [*run.flags, "--mode=generate", "--config.sample.prompts=a red circle||a blue square||a green circle"]
     samples = run.workdir / "samples"
     made = []
-    for command, devices in ((["launch/local.sh", "1"], DEVICES), (["launch/local.sh", "2"], DEVICES // 2)):
-        done = subprocess.run(
-            [*command, *flags], cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("3 samples and contact_sheet.png are in") == 1
+    for number, devices in ((1, DEVICES), (2, DEVICES // 2)):
+        assert launch(number, devices, flags).count("3 samples and contact_sheet.png are in") == 1
         made.append({path.name: path.read_bytes() for path in sorted(samples.iterdir())})
         for path in samples.iterdir():
             path.unlink()
     assert made[0].keys() == {"000.png", "001.png", "002.png", "contact_sheet.png", "samples.jsonl"}
     assert made[0] == made[1]
+
+
+def test_two_processes_evaluate_as_one(lab):
+    """Five held-out prompts and the held-out loss."""
+    run = lab.undisturbed(1)
+    flags = [*run.flags, "--mode=evaluate", "--config.sample.count=5"]
+    found = []
+    for number, devices in ((1, DEVICES), (2, DEVICES // 2)):
+        launch(number, devices, flags)
+        found.append(json.loads((run.workdir / "evaluation.json").read_text()))
+    one, two = found
+    losses = [each.pop("heldout_loss") for each in found]
+    for name in ("true", "shuffled", "zeroed"):
+        np.testing.assert_allclose(losses[1][name], losses[0][name], rtol=1e-5)
+    assert two == one
+
+
+def launch(number: int, devices: int, flags: list[str]) -> str:
+    """What that many processes said, each of `devices` devices."""
+    command = ["launch/local.sh", str(number), *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def state_at_end(workdir: Path):
