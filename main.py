@@ -37,13 +37,27 @@ flags.mark_flag_as_required("config")
 def parse(arguments: list[str]) -> list[str]:
     """What is wrong with a flag or with the config it makes is told in a line; absl would show where in the code."""
     try:
-        return flags.FLAGS(arguments)
+        words = flags.FLAGS(arguments)
+        if left := words[1:]:
+            raise ValueError(_no_flag(left[0]))
+        return words
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # The last line: a config file that raised is told with its stack, a key that is not there as the repr of an error.
         told = str(error).replace("\\n", "\n").strip().splitlines()[-1].strip(" \\'\"")
         if isinstance(error, AttributeError | KeyError):
             told = f"no such config key: {_nearest_key(arguments) or told}"
         sys.exit(f"error: {told}\nAll flags: python main.py --helpfull --config=configs/stage1.py")
+
+
+def _no_flag(word: str) -> str:
+    near = (
+        f"--mode={word}"
+        if word in MODES
+        else f"--{word.lstrip('-')}"
+        if "=" in word
+        else "quotes around a value with blanks"
+    )
+    return f"{word!r} belongs to no flag; nearest: {near}"
 
 
 def _nearest_key(arguments: list[str]) -> str:

@@ -6,11 +6,13 @@ compilation.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rise_jax.workdir import set_aside
 
 OUT = Path("runs/demo")
 
@@ -60,7 +62,7 @@ SCORED = ("colour", "direction", "shape", "all")
 
 
 def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
+    set_aside(OUT)
     seconds = {
         "stage1": run("stage1", "stage1", STAGE1),
         "stage2": run("stage2", "stage2", STAGE2),

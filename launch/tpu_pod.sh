@@ -36,10 +36,10 @@ case "${1:-}" in
     shift
     printf -v flags '%q ' "$@" "--workdir=${WORKDIR:?a folder that all hosts share}" --distributed
     # nohup: the run outlives this connection. One log per host.
-    everywhere "cd rise_jax && LIBTPU_INIT_ARGS='$(tpu_flags)' nohup .venv/bin/python main.py $flags > run.log 2>&1 < /dev/null & sleep 1"
+    everywhere "cd rise_jax && LIBTPU_INIT_ARGS='$(tpu_flags)' nohup .venv/bin/python main.py $flags >> run.log 2>&1 < /dev/null & sleep 1"
     ;;
   logs) gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=0 --command="tail -n 50 -f rise_jax/run.log" ;;
-  stop) everywhere "pkill -TERM -f 'main.py .*--distributed' || true" ;; # saves first
+  stop) everywhere "pkill -TERM -f '[m]ain.py .*--distributed' || true" ;; # saves first
   delete) gcloud compute tpus tpu-vm delete "$TPU_NAME" --zone="$ZONE" ;;
   *)
     sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2

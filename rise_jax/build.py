@@ -83,7 +83,7 @@ def backend_from(model: ConfigDict) -> Backend:
 
 
 def describe_attention(model: ConfigDict, backend: Backend, mesh: Mesh) -> str:
-    """'attention xla', or 'attention cudnn, ulysses over context'. ValueError for heads that do not fit `model.sequence`."""
+    """'attention xla', or 'attention cudnn, ulysses over context'. ValueError as `Backend.route` and `pick`."""
     heads, context = model.dit.heads, mesh.shape["context"]
     route = backend.route(heads, context, mesh.shape["tensor"])
     name = "xla" if context > 1 and route == "ring" else backend.pick(model.dtype, model.dit.width // heads)

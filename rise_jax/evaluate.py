@@ -7,6 +7,7 @@ first, so that what is wrong with clips and texts is told before any video is ma
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ from rise_jax import metrics, run_config
 from rise_jax.build import backend_from, describe_attention
 from rise_jax.condition_kinds import Condition
 from rise_jax.conditions import complete
+from rise_jax.data.attributes import Scene
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
 from rise_jax.data.sources import Source, Text
@@ -74,9 +76,8 @@ def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
     if pipe.config.data.source == "scenes":
         deaf = heard._replace(states=np.zeros_like(heard.states[:UNHEARD]), mask=heard.mask[:UNHEARD])
         unheard = pipe.render(deaf, seeds[:UNHEARD], **settings)
-        result |= {"zeroed_prompts": len(unheard)} | scene_scores(
-            videos, unheard, heard.texts, source.scenes[: len(prompts)]
-        )
+        scenes = [scorable(scene, settings["frames"]) for scene in source.scenes[: len(prompts)]]
+        result |= {"zeroed_prompts": len(unheard)} | scene_scores(videos, unheard, heard.texts, scenes)
     if not is_first():
         return 0
     set_aside(workdir / "evaluation.json", workdir / "evaluation.png")
@@ -116,6 +117,11 @@ def check_heldout(texts: Sequence[Text], language: Condition) -> None:
         f"{len(faults)} of {len({*texts})} held-out texts cannot be used with this run, the first, {first.prompt[:80]!r}: {fault}. "
         "Shorten or mend them, or leave their rows out of the held-out split; of scenes, another run.seed holds out others"
     )
+
+
+def scorable(scene: Scene, frames: int) -> Scene:
+    """The scene as far as so many frames can show what was asked for: a single picture shows no direction."""
+    return scene if frames > 1 else replace(scene, asked=scene.asked - {"direction"})
 
 
 def scene_scores(videos, unheard, rephrased, scenes) -> dict:

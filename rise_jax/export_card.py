@@ -15,7 +15,7 @@ from rise_jax.sampler import STEPPERS
 from rise_jax.settings import ABOVE_0, FLAG, NUMBER, OBJECT, Kind, check_settings, list_of, only, whole
 from rise_jax.tensor_folder import parsed
 
-FORMAT = 1
+FORMAT = 2
 CARD = "adapter/adapter.json"
 TEXT = Kind("must be a text", lambda value: isinstance(value, str))
 DTYPE = only("float32", "bfloat16")

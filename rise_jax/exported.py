@@ -5,6 +5,7 @@ adapter/adapter.json         what it takes to use the adapter: the config's mode
 adapter/adapter.safetensors  its leaves by their paths: kernels (in, out), blocks stacked on the first axis
 null.safetensors             `null` [1, L, d_ctx], the condition of "no prompt": a value of model.null
 transformer/                 the DiT as diffusers writes it, low-rank corrections merged: the folder is a value of model.dit.path
+adapter/low_rank.safetensors the corrections by themselves, where there are any
 vae/                         the VAE as diffusers writes it, unless it is `pixels`: the folder is a value of model.vae.path
 params/STEP                  all leaves by Orbax, as they were trained: low-rank corrections apart
 """
@@ -31,14 +32,14 @@ from rise_jax.published import LEARNED, NATIVE, PIXELS, RUNTIME, dit_faults, loa
 from rise_jax.runs import Run
 from rise_jax.sharding import shardings
 from rise_jax.tensor_folder import TensorFile
-from rise_jax.trees import named_leaves
+from rise_jax.trees import named_leaves, nested
 from rise_jax.validate import clip_size, tile_faults
 from rise_jax.version import VERSION
-from rise_jax.weights_wan import load_wan, merge_low_rank, save_wan
+from rise_jax.weights_wan import load_wan, low_rank_leaves, merge_low_rank, part_low_rank, save_wan
 from rise_jax.weights_wan_vae import open_wan_vae, save_wan_vae
 from rise_jax.workdir import write_json
 
-ADAPTER, NULL = "adapter/adapter.safetensors", "null.safetensors"
+ADAPTER, LOW_RANK, NULL = "adapter/adapter.safetensors", "adapter/low_rank.safetensors", "null.safetensors"
 
 
 class Export(NamedTuple):
@@ -65,6 +66,8 @@ def write_export(folder: Path, run: Run, language: Condition, vae: dict) -> None
     safetensors.numpy.save_file(kept, scratch / ADAPTER)
     null = adapter["null"] if model.null == LEARNED else params["null"]["embedding"]
     safetensors.numpy.save_file({"null": np.asarray(null)}, scratch / NULL)
+    if corrections := low_rank_leaves(params["dit"]):
+        safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in corrections.items()}, scratch / LOW_RANK)
     save_wan(merge_low_rank(params["dit"]), _dit_sizes(model), scratch / "transformer")
     if model.vae.path != PIXELS:
         save_wan_vae(vae, open_wan_vae(model.vae.path)[0], scratch / "vae")
@@ -86,7 +89,7 @@ def read_export(folder: Path, llm: str | None = None, mesh: Mesh | None = None, 
     """
     card = read_card(folder)
     config = _config(card, folder)
-    _refuse_missing(folder, config.model.vae.path)
+    _refuse_missing(folder, config.model)
     vae = open_vae(config.model.vae.path)
     if faults := [*dit_faults(config.model, vae.channels), *tile_faults(config.model.vae.get("tile", 0), vae)]:
         raise ValueError(f"the parts of {folder} do not belong together:\n" + "\n".join(f"  {x}" for x in faults))
@@ -97,8 +100,8 @@ def read_export(folder: Path, llm: str | None = None, mesh: Mesh | None = None, 
     place = mesh and partial(shardings, mesh=mesh)
     model = model_from(config.model, language.width, states_in_batch, backend=backend)
     params = {
-        "adapter": _load_adapter(folder / ADAPTER, model.abstract.get("adapter", {}), place),
-        "dit": load_wan(folder, text_len=config.model.dit.text_len, dtype=None, place=place).params,
+        "adapter": _load(folder / ADAPTER, model.abstract.get("adapter", {}), place),
+        "dit": _load_dit(folder, config.model, model.abstract["dit"], place),
         "null": {"embedding": load_null(config.model)[0]},
     }
     return Export(model, params, load_vae(config.model.vae.path, place)[0], language, config)
@@ -130,15 +133,16 @@ def _config(card: dict, folder: Path) -> ConfigDict:
     sample |= {name: float(sample[name]) for name in ("guidance", "temperature")}  # a hand may have written 2
     data = {name: sample[name] for name in SIZE} | {"fps": card["fps"]}
     config = ConfigDict({"model": card["model"], "sample": sample, "data": data})
-    config.model.dit.update(path=str(folder), low_rank=0)
+    config.model.dit.path = str(folder)
     config.model.update(null=str(folder / NULL), trainable=["."])
     if config.model.vae.path != PIXELS:
         config.model.vae.path = str(folder)
     return config
 
 
-def _refuse_missing(folder: Path, vae: str) -> None:
-    needed = [ADAPTER, NULL, "transformer/config.json", *(["vae/config.json"] if vae != PIXELS else [])]
+def _refuse_missing(folder: Path, model: ConfigDict) -> None:
+    needed = [ADAPTER, NULL, "transformer/config.json", *(["vae/config.json"] if model.vae.path != PIXELS else [])]
+    needed += [LOW_RANK] if model.dit.get("low_rank", 0) else []
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: the export is incomplete")
 
@@ -151,7 +155,15 @@ def _check_language(expected: dict, language: Condition, folder: Path) -> None:
         raise ValueError(f"the adapter in {folder} belongs to another LLM or condition than this one: {values}")
 
 
-def _load_adapter(path: Path, abstract: dict, place: Callable | None) -> dict:
+def _load_dit(folder: Path, model: ConfigDict, abstract: dict, place: Callable | None) -> dict:
+    """With its corrections apart again: a kernel in bfloat16 would lose what is below half a unit of its last place."""
+    merged = load_wan(folder, text_len=model.dit.text_len, dtype=None, place=place).params
+    if not (corrections := low_rank_leaves(abstract)):
+        return merged
+    return part_low_rank(merged, _load(folder / LOW_RANK, nested(corrections), place), model.dtype)
+
+
+def _load(path: Path, abstract: dict, place: Callable | None) -> dict:
     table = {name: Place(name) for name in named_leaves(abstract)}
     file = TensorFile(path)
     check(abstract, table, file)

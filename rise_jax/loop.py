@@ -34,7 +34,7 @@ def run_steps(
     with (
         Stop(mesh) as stop,
         Report(workdir, last, start, work) as report,
-        Profile(config.run.profile if is_first() else "", workdir / "profile") as profile,
+        Profile(config.run.profile if is_first() else "", workdir / "profile", start) as profile,
     ):
         batch = next(batches)
         for step in range(start, last):

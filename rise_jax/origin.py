@@ -1,5 +1,6 @@
 """What a new run starts from, `run.init_from`, looked at before the LLM works for hours and before anything is written."""
 
+import difflib
 import logging
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rise_jax.runs import FILE, NULL, RANDOM, check_fit, check_heard, check_vae,
 from rise_jax.trees import named_leaves, partition
 
 LOG = logging.getLogger(__name__)
+STAGES = ("stage0_images", "stage0", "stage1", "stage2")  # run.stage of the configs
 
 
 def find_start(init_from: str, preset: str) -> Path | None:
@@ -42,8 +44,11 @@ def check_start(init_from: str, preset: str) -> Path | None:
     if folders:
         read_config(folders[0])
         return folders[0]
-    if init_from and ("/" in init_from or not init_from.startswith("stage")):
-        raise FileNotFoundError(f"run.init_from={init_from!r} is no folder with a run")
+    if init_from and init_from not in STAGES:
+        near = difflib.get_close_matches(init_from, STAGES, n=1, cutoff=0.0)[0]
+        raise FileNotFoundError(
+            f"run.init_from={init_from!r} is no folder with a run, nor a stage; nearest stage: {near}"
+        )
     return None
 
 

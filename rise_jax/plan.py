@@ -81,8 +81,8 @@ def plan(config: ConfigDict, workdir: Path) -> int:
         theirs = parameters_of(ConfigDict(read_config(origin)["model"]), outlined.text.width) if origin else {}
         check_parts(config, outlined.model.abstract, theirs, origin)
     check_batch(config.run.batch_size, mesh, config.run.accumulate)
-    heads = config.model.dit.heads
-    Backend(sequence=config.model.sequence).route(heads, mesh.shape["context"], mesh.shape["tensor"])
+    backend = Backend(config.model.attention, sequence=config.model.sequence)
+    backend.route(config.model.dit.heads, mesh.shape["context"], mesh.shape["tensor"])
     print(describe(config, mesh, outlined, make_plan(config, mesh, outlined)), flush=True)
     return 0
 

@@ -104,7 +104,7 @@ def load_leaves(model: ConfigDict, abstract: dict, wanted: Collection[str], plac
         origins = dict.fromkeys(leaves, f"file {folder.sha256()}")
     if "null/embedding" in wanted:
         value, origin = load_null(model, place)
-        leaves["null/embedding"] = put(value, place({"null": value})["null"])
+        leaves["null/embedding"] = put(value, place({"null": {"embedding": value}})["null"]["embedding"])
         origins["null/embedding"] = origin
     return leaves, origins
 

@@ -267,10 +267,8 @@ def bare_prompt_ids(tokenizer: Tokenizer, text: str, max_prompt: int) -> list[in
     text = _checked(tokenizer, text, "prompt")
     ids = tokenizer.encode(text)
     if len(ids) > max_prompt:
-        raise TooLong(
-            f"the prompt has {len(ids)} tokens, at most {max_prompt} are allowed; it is never cut: {text[:80]!r} ...",
-            len(ids),
-        )
+        told = f"the prompt has {len(ids)} tokens, at most {max_prompt} are allowed (model.llm.max_prompt); it is never cut"
+        raise TooLong(f"{told}: {text[:80]!r} ...", len(ids))
     return ids
 
 

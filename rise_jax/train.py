@@ -20,6 +20,7 @@ from rise_jax.condition_kinds import check_texts
 from rise_jax.conditions import cached_states, complete
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
+from rise_jax.data.sources import check_clips, identity_of
 from rise_jax.flops import step_flops
 from rise_jax.language import states_in_batch
 from rise_jax.loop import batches_on, compile_step, run_steps
@@ -98,7 +99,9 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
     model = model_from(config.model, width, states, backend=backend)
     partition(model.abstract, list(config.model.trainable))
     if begun:
-        runs.check_heard(str(workdir), checkpoints.meta()["llm"], identity)
+        meta = checkpoints.meta()
+        runs.check_heard(str(workdir), meta["llm"], identity)
+        check_clips(str(workdir), meta.get("data", identity_of(source)), source)
     else:
         _check_origin(config, model, origin, language)
     check_texts(source.texts, language)
@@ -124,7 +127,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, begun: boo
             checkpoints,
             model,
             optimizer,
-            {"llm": identity, "vae": vae},
+            {"llm": identity, "vae": vae, "data": identity_of(source)},
             heard,
             origin,
             mesh,

@@ -151,7 +151,7 @@ def text_ids(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[n
     for text, row in zip(texts, rows):
         if len(row) > length:
             raise TooLong(
-                f"a text has {len(row)} tokens with its end token, the encoder's limit is {length}; "
+                f"a text has {len(row)} tokens with its end token, at most {length} are allowed (model.native.length); "
                 f"shorten it: {text[:80]!r} ...",
                 len(row),
             )

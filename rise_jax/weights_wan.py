@@ -173,12 +173,37 @@ def save_wan(params: dict, sizes: dict, folder: Path | str, shard_bytes: int = S
 def merge_low_rank(params: dict) -> dict:
     """A DiT's tree without low-rank corrections: each is added to its kernel, W + A B (layers.LowRankLinear), in fp32 on the host."""
     leaves = named_leaves(params)
-    kept = {name: leaf for name, leaf in leaves.items() if "/low_rank_" not in name}
-    for module in [name.removesuffix("/low_rank_in") for name in leaves if name.endswith("/low_rank_in")]:
-        parts = (f"{module}/{part}" for part in ("kernel", "low_rank_in", "low_rank_out"))
-        kernel, inward, outward = (np.asarray(leaves[part], np.float32) for part in parts)
-        kept[f"{module}/kernel"] = kernel + inward @ outward
+    kept = {name: leaf for name, leaf in leaves.items() if name not in low_rank_leaves(params)}
+    for name, parts in _corrected(leaves).items():
+        kernel, inward, outward = (np.asarray(part, np.float32) for part in parts)
+        kept[name] = kernel + inward @ outward
     return nested(kept)
+
+
+def part_low_rank(merged: dict, corrections: dict, dtype) -> dict:
+    """What `merge_low_rank` merged: W = (W + A B) - A B, in `dtype`, and `corrections` beside it. A W of bfloat16 comes back bit for
+    bit, one of float32 but for its last places; every kernel stays where it lies.
+    """
+    leaves = named_leaves(merged) | named_leaves(corrections)
+
+    def without(kernel, inward, outward):
+        return (kernel - jnp.matmul(inward, outward, precision=jax.lax.Precision.HIGHEST)).astype(dtype)
+
+    for name, parts in _corrected(leaves).items():
+        leaves[name] = jax.jit(without, out_shardings=parts[0].sharding)(*parts)
+    return nested(leaves)
+
+
+def low_rank_leaves(params: dict) -> dict:
+    """Path -> leaf of the corrections in a tree of arrays or of abstract values."""
+    return {name: leaf for name, leaf in named_leaves(params).items() if "/low_rank_" in name}
+
+
+def _corrected(leaves: dict) -> dict[str, tuple]:
+    """Path of every kernel that has a correction -> it, A and B."""
+    modules = [name.removesuffix("/low_rank_in") for name in leaves if name.endswith("/low_rank_in")]
+    parts = ("kernel", "low_rank_in", "low_rank_out")
+    return {f"{module}/kernel": tuple(leaves[f"{module}/{part}"] for part in parts) for module in modules}
 
 
 def wan_table(tree: dict, patch: tuple[int, int, int], layout: str) -> dict[str, Place]:

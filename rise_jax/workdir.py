@@ -158,7 +158,7 @@ def set_aside(*paths: Path) -> None:
     left = [path.resolve() for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
     if not left:
         return
-    folder, names = left[0].parent, "|".join(re.escape(path.stem) for path in paths)
+    folder, names = left[0].parent, "|".join(re.escape(path.stem) for path in (*paths, *left))
     numbers = [re.fullmatch(rf"(?:{names})-(\d+)", other.stem) for other in folder.iterdir()]
     number = 1 + max((int(found[1]) for found in numbers if found), default=0)
     for path in left:

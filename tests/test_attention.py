@@ -1,12 +1,15 @@
 """Attention: every back end and every way to spread it over devices gives what the plain one gives, masks and gradients included."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_config
 
+from rise_jax.build import describe_attention
 from rise_jax.models import attention as attention_module
 from rise_jax.models.attention import XLA, Backend, attention, by_length, obstacle, self_attention
 from rise_jax.models.splash import splash
@@ -139,6 +142,29 @@ def test_auto_takes_the_platforms_own_where_it_can():
     assert pick("tpu", "float32", 20, (2, 1, 1, 7)) == "splash"
     assert pick("cpu", "bfloat16", 64) == pick("rocm", "bfloat16", 64) == "xla"
     assert Backend.here().platform == "cpu" and Backend.here().pick("bfloat16", 64) == "xla"
+
+
+@pytest.mark.parametrize(("capability", "taken"), [("7.5", "xla"), ("8.0", "cudnn"), ("10.0", "cudnn")])
+def test_gpus_before_ampere_have_no_flash_attention_of_cudnn(monkeypatch, capability, taken):
+    client = SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
+    device = SimpleNamespace(platform="gpu", compute_capability=capability, client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert Backend.here().pick("bfloat16", 64) == taken
+    if taken == "xla":
+        with pytest.raises(ValueError, match=r"only from compute capability 8.0, and this is .* 7.5; nearest: xla"):
+            Backend.here("cudnn").pick("bfloat16", 64)
+
+
+def test_a_flash_kernel_that_would_go_round_a_ring_is_refused_before_anything_is_made(tmp_path):
+    """Heads that do not divide, or a ring asked for; not where nothing lies over several devices."""
+    mesh = make_mesh(1, 1, 4, 1, devices=jax.devices()[:4])
+    model = tiny_config(1, tmp_path).model
+    for name, sequence, heads in (("cudnn", "ring", 4), ("splash", "auto", 3)):
+        model.dit.heads = heads
+        platform = {"cudnn": "cuda", "splash": "tpu"}[name]
+        with pytest.raises(ValueError, match=f"{name}' does not go round a ring.*nearest: model.attention=auto"):
+            describe_attention(model, Backend(name, platform, sequence), mesh)
+        assert Backend(name, platform, sequence).route(heads, 1, 1) == "ulysses"
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_company_and_padding_change_nothing(kinds, name):
 def test_prompts_that_cannot_be_encoded_are_refused(kinds):
     for prompt, message in (
         (" ", "the prompt is empty"),
-        ("x" * 61, "the prompt has 61 tokens, at most 60 are allowed; it is never cut"),
+        ("x" * 61, "the prompt has 61 tokens, at most 60 are allowed .model.llm.max_prompt.; it is never cut"),
         ("a <|end|>", "holds the language model's control token '<|end|>'"),
     ):
         with pytest.raises(ValueError, match=message.replace("|", r"\|")):
@@ -213,7 +213,9 @@ def test_native_states_are_the_encoders_in_training_and_in_use(tmp_path):
         assert heard.mask[row].sum() == len(ids) and heard.tokens[row] == ids
         assert parity(heard.states[row, : len(ids)], expected) <= 1e-5
     np.testing.assert_allclose(native.teach([Pair("", [3, 1])])[0][0], heard.states[0], atol=1e-6)
-    with pytest.raises(ValueError, match="a text has 8 tokens with its end token, the encoder's limit is 6"):
+    with pytest.raises(
+        ValueError, match="a text has 8 tokens with its end token, at most 6 are allowed .model.native.length."
+    ):
         native.rephrase(["red " * 7])
     with pytest.raises(ValueError, match="the prompt is empty"):
         native.rephrase([" "])

@@ -183,6 +183,21 @@ def test_a_mistake_in_the_config_file_is_told_in_a_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["evaluate"], "'evaluate' belongs to no flag; nearest: --mode=evaluate"),
+        (["mode=export"], "'mode=export' belongs to no flag; nearest: --mode=export"),
+        (["--config.sample.prompts=a", "red", "circle"], "'red' belongs to no flag; nearest: quotes around a value"),
+    ],
+)
+def test_words_that_belong_to_no_flag_are_refused(monkeypatch, words, told):
+    words = ["main.py", f"--config={ROOT}/configs/stage1.py:tiny", *words]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=f"^error: {told}"):
+        main.parse(words)
+
+
+@pytest.mark.parametrize(
     ("key", "told"),
     [
         ("optim.lr=1", r"optim.lr; nearest: optim\.\w+; optim has b2, clip, decay_from, .*, learning_rate, "),

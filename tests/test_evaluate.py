@@ -83,6 +83,16 @@ def test_one_video_has_no_neighbour_to_be_scored_against():
     assert "shuffled" not in alone and alone["attribute_accuracy"]["all"] == 1
 
 
+def test_pictures_of_a_run_on_clips_are_not_asked_for_a_direction():
+    """Of a right picture all is right; a clip that does not move is wrong."""
+    asked = replace(RED, asked=RED.asked | {"direction"})
+    still = np.repeat(clip(RED)[:1], 5, axis=0)
+    for video, expected in ((clip(RED)[:1], None), (still, False), (clip(RED), True)):
+        scores = scene_scores([video], [video], [long_caption(RED)], [evaluate.scorable(asked, len(video))])
+        assert scores["attribute_accuracy"].get("direction") == expected
+        assert scores["attribute_accuracy"]["all"] == (expected is not False)
+
+
 class Evaluated(NamedTuple):
     """A run, how many rows were rendered at a time, what its evaluation gave to be scored, and what it wrote."""
 

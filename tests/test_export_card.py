@@ -16,7 +16,7 @@ def card(tmp_path):
     """As a run of the tiny config writes it."""
     config = tiny_config(1, tmp_path / "llm")
     return {
-        "format": 1,
+        "format": 2,
         "rise_jax": "0.1.0",
         "step": 3,
         "model": json.loads(json.dumps(config.model.to_dict())),

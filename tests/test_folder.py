@@ -5,6 +5,7 @@ import logging
 import pytest
 from folders import folder_of, source, write_metadata
 
+from rise_jax.data.open import open_source
 from rise_jax.data.sources import Text
 
 # Captions
@@ -183,3 +184,13 @@ def test_an_empty_split_says_what_to_do(tmp_path):
         source(tmp_path, split="heldout")
     with pytest.raises(ValueError, match="'test' is unknown; a folder has train and heldout"):
         source(tmp_path, split="test")
+
+
+def test_a_folder_without_a_path_is_not_the_one_at_hand(tmp_path, monkeypatch):
+    write_metadata(tmp_path, [GOOD])
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.chdir(tmp_path)
+    given = dict(split="train", frames=1, height=16, width=16, fps=8.0, texts=0, seed=0)
+    with pytest.raises(ValueError, match="data.path='' names no folder; nearest: '.'"):
+        open_source("folder", path="", **given)
+    assert len(open_source("folder", path=".", **given)) == 1

@@ -122,5 +122,5 @@ def test_a_size_is_looked_at_before_the_prompts_are_rephrased(runs):
 def test_prompts_of_the_native_condition_are_counted_by_its_tokenizer(tmp_path):
     settings = dict(path=str(write_umt5(tmp_path / "t5", width=16)), length=3, dtype="float32")
     check_prompts("native", ["red red"], settings)
-    with pytest.raises(ValueError, match="a text has 4 tokens with its end token, the encoder's limit is 3"):
+    with pytest.raises(ValueError, match="a text has 4 tokens with its end token, at most 3 are allowed"):
         check_prompts("native", ["red", "red red red"], settings)

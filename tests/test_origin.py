@@ -139,7 +139,9 @@ def test_a_native_encoder_needs_its_tokenizer(folder, tmp_path):
 
 
 def test_a_caption_over_the_native_encoders_length_is_refused(folder, tmp_path):
-    told = "a text has 4 tokens with its end token, the encoder's limit is 3; shorten it: 'red red red'"
+    told = (
+        "a text has 4 tokens with its end token, at most 3 are allowed .model.native.length.; shorten it: 'red red red'"
+    )
     config = native(folder, tmp_path, "red\nred red red\n")
     refused(config, tmp_path / "run", told)
     with pytest.raises(ValueError, match=told):

@@ -45,10 +45,18 @@ def test_the_trace_begins_and_ends_at_the_edges_of_the_window(tmp_path):
         assert not list(turns)
 
 
-def test_a_run_that_starts_or_ends_within_the_window_is_traced_too(tmp_path):
-    with Profile("1:9", tmp_path) as profile:
+def test_a_run_that_starts_or_ends_within_the_window_is_traced_too(tmp_path, capsys):
+    """And told which steps those were: after 5 and 6 updates two more were made."""
+    with Profile("1:9", tmp_path, 5) as profile:
         assert list(steps_of(profile, [5, 6])) == [5]
     assert list(tmp_path.rglob("*.xplane.pb"))
+    assert f"traced steps 6 to 7 into {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_window_that_is_over_is_told(tmp_path, caplog):
+    with Profile("1:3", tmp_path, 3) as profile:
+        assert not list(steps_of(profile, range(3, 5)))
+    assert "run.profile='1:3' traces nothing: the run goes on from step 3" in caplog.text
 
 
 def test_no_window_is_no_trace(tmp_path):

@@ -275,5 +275,5 @@ def test_a_text_over_the_limit_is_refused(folders):
     tokenizer = load_t5(folders["umt5"]).tokenizer
     length = len(tokenizer.encode("a cat runs")) + 1
     assert text_ids(tokenizer, ["a cat runs"], length)[1].all()
-    with pytest.raises(ValueError, match=f"{length} tokens with its end token, the encoder's limit is {length - 1}"):
+    with pytest.raises(ValueError, match=f"{length} tokens with its end token, at most {length - 1} are allowed"):
         text_ids(tokenizer, ["a cat runs"], length - 1)

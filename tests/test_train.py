@@ -72,7 +72,7 @@ def test_a_stage_that_has_not_been_run_is_warned_of(here, caplog):
     assert "no stage1 run at runs/stage1-tiny: starting from random parameters" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["/nowhere", "runs/stage1-tiny", "stages/1", "mine"])
+@pytest.mark.parametrize("name", ["/nowhere", "runs/stage1-tiny", "stages/1", "mine", "stage1-tiny", "stage_1"])
 def test_a_name_that_is_neither_is_refused(here, name):
     with pytest.raises(FileNotFoundError, match=f"run.init_from='{name}' is no folder with a run"):
         find_start(name, "tiny")

@@ -135,7 +135,7 @@ def test_scenes_have_no_path_to_be_typed(folder, tmp_path):
 LONG = {
     "a caption": ({"rephrased": "x" * 161}, "a rephrased caption has 161 tokens, model.llm.max_new=160 is the limit")
 }
-LONG["a prompt"] = ({"prompt": "x" * 161}, "the prompt has 161 tokens, at most 160 are allowed")
+LONG["a prompt"] = ({"prompt": "x" * 161}, "the prompt has 161 tokens, at most 160 are allowed .model.llm.max_prompt.")
 
 
 @pytest.mark.parametrize("text", LONG)

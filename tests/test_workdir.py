@@ -215,3 +215,14 @@ def test_of_a_linked_folder_what_it_leads_to_is_set_aside(tmp_path):
     set_aside(tmp_path / "run" / "samples")
     assert (tmp_path / "disk" / "samples-1" / "000.png").exists()
     assert (tmp_path / "run" / "samples").is_symlink() and [*(tmp_path / "run" / "samples").iterdir()] == []
+
+
+def test_links_to_a_folder_of_another_name_are_numbered_by_it(tmp_path):
+    (tmp_path / "run").mkdir(), (tmp_path / "disk" / "of run.1").mkdir(parents=True)
+    link = tmp_path / "run" / "samples"
+    link.symlink_to(tmp_path / "disk" / "of run.1")
+    for call in ("a", "b", "c"):
+        set_aside(link)
+        (link / "000.png").write_text(call)
+    left = {path.parent.name: path.read_text() for path in (tmp_path / "disk").rglob("*.png")}
+    assert sorted(left.values()) == ["a", "b", "c"] and left["of run.1"] == "c"

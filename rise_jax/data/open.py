@@ -33,6 +33,8 @@ def open_source(
     if source == "scenes":
         return ScenesSource(num_texts=texts, seed=seed, **size)
     if source == "folder":
+        if not path:
+            raise ValueError("data.path='' names no folder; nearest: '.', the one that the command runs in")
         return FolderSource(path, fps=fps, **size)
     from rise_jax.data.tfds_source import TfdsSource  # a large import, and it makes a temporary folder
 

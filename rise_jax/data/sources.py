@@ -1,6 +1,8 @@
 """What the loader asks of a source of clips, and the helpers that sources share. numpy only."""
 
 import difflib
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -56,6 +58,25 @@ class BadClipError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def identity_of(source: Source) -> dict:
+    """What a run's order of samples depends on: how many clips there are, and their texts."""
+    texts = hashlib.sha256()
+    for text in source.texts:
+        texts.update(json.dumps(text).encode())
+    return {"count": len(source), "texts": texts.hexdigest()}
+
+
+def check_clips(who: str, then: dict, source: Source) -> None:
+    """Raises ValueError where the clips of a run that goes on are not those that it began with, `then`."""
+    now = identity_of(source)
+    if now != then:
+        raise ValueError(
+            f"{who} began with other data: {then['count']} clips then, {now['count']} now, and their texts are "
+            f"{'the same' if now['texts'] == then['texts'] else 'others'}. Put the captions back as they were, or start anew with "
+            "another --workdir and run.init_from"
+        )
 
 
 def text_of(cells: Mapping[str, str]) -> Text | None:

@@ -1,7 +1,7 @@
 """The attention of every model but the LLM's cached one: one function, three back ends, one device or a mesh.
 
 xla     everywhere. Writes out the scores: [B, N, S, L].
-cudnn   CUDA GPUs: flash attention. bfloat16 or float16, heads of at most 128 in steps of 8.
+cudnn   CUDA GPUs since Ampere: flash attention. bfloat16 or float16, heads of at most 128 in steps of 8.
 splash  TPUs: flash attention (splash.py).
 
 On a mesh that is current (jax.set_mesh) the flash kernels run in jax.shard_map, each device on its own samples, heads and queries.
@@ -25,6 +25,7 @@ NAMES = ("auto", "xla", "cudnn", "splash")
 SEQUENCES = ("auto", "ulysses", "ring")
 NATIVE = {"cuda": "cudnn", "tpu": "splash"}  # what `auto` tries first, by platform; the rest have xla
 CUDNN_WIDTH = 128  # cuDNN's limit before Hopper
+CUDNN_CAPABILITY = 8.0  # compute capability, Ampere's, from which cuDNN has flash attention
 # Primitives that are attention: splash's and cuDNN's, and which axis of their keys counts tokens.
 KERNELS = {"pallas_call": -2, "dot_product_attention_fwd_wrapper": 1}
 MIXED = "attention_mixed"  # the name of what xla returns, for jax.checkpoint
@@ -49,6 +50,10 @@ class Backend:
         device = jax.devices()[0]
         other = "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
         platform = other if device.platform == "gpu" else device.platform
+        if platform == "cuda" and float(device.compute_capability) < CUDNN_CAPABILITY:
+            platform = (
+                f"cuda of compute capability {device.compute_capability}"  # another platform, as far as attention goes
+            )
         return cls("xla" if name == "auto" and platform not in NATIVE else name, platform, sequence)
 
     def pick(self, dtype, head_width: int, mask_shape: tuple[int, ...] | None = None) -> str:
@@ -67,15 +72,21 @@ class Backend:
         return self.name
 
     def route(self, heads: int, context: int, tensor: int) -> str:
-        """ulysses or ring, for so many heads of keys. Raises ValueError when ulysses is asked for by name and they do not divide."""
+        """ulysses or ring, for so many heads of keys. Raises ValueError when ulysses is asked for by name and they do not divide, and
+        when a flash kernel is asked for by name and would have to go round a ring."""
         share = heads // tensor if heads % tensor == 0 else heads
-        if share % context == 0:
-            return "ring" if self.sequence == "ring" else "ulysses"
+        if share % context == 0 and (self.sequence != "ring" or context == 1):
+            return "ulysses"
         if self.sequence == "ulysses":
             fit = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
             raise ValueError(
                 f"model.sequence='ulysses': {heads} heads do not divide over mesh.context={context} x mesh.tensor={tensor}; "
                 f"contexts that do: {fit}; or model.sequence=ring"
+            )
+        if self.name not in ("auto", "xla"):
+            raise ValueError(
+                f"model.attention={self.name!r} does not go round a ring, which has its own arithmetic; nearest: "
+                "model.attention=auto, or a mesh.context over which heads divide"
             )
         return "ring"
 
@@ -89,7 +100,10 @@ def obstacle(name: str, platform: str, dtype, head_width: int, mask_shape: tuple
         return None
     needed = next(where for where, native in NATIVE.items() if native == name)
     if platform != needed:
-        return f"runs on {needed} only, and this is {platform}"
+        since = (
+            f" from compute capability {CUDNN_CAPABILITY}" if platform.startswith("cuda") and name == "cudnn" else ""
+        )
+        return f"runs on {needed} only{since}, and this is {platform}"
     if mask_shape is not None and mask_shape[1:3] != (1, 1):
         return f"masks keys only, and this mask {list(mask_shape)} differs between heads or queries"
     if name == "cudnn":
@@ -160,11 +174,6 @@ def self_attention(
     if backend.route(key.shape[2], ways, mesh.shape["tensor"]) == "ulysses":
         name = backend.pick(query.dtype, query.shape[-1], None if mask is None else mask.shape)
         return _on_each(partial(_ulysses, _kernel(name)), mesh, own, own, None)(query, key, value, keys_mask)
-    if backend.name not in ("auto", "xla"):
-        raise ValueError(
-            f"model.attention={backend.name!r} does not go round a ring, which has its own arithmetic; nearest: "
-            "model.attention=auto, or a mesh.context over which heads divide"
-        )
     keys_mask = jnp.ones((1, length), bool) if keys_mask is None else keys_mask
     return _on_each(partial(ring_attention, axis="context"), mesh, own, own, "context")(query, key, value, keys_mask)
 
