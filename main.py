@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from rise_jax import processes
 
 MODES = ("train", "generate", "evaluate", "export", "plan")
+ALL_FLAGS = "All flags: python main.py --helpfull --config=configs/stage1.py"
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/stage0.py, stage1.py or stage2.py, each with [:PRESET]", lock_config=True
@@ -38,26 +39,21 @@ def parse(arguments: list[str]) -> list[str]:
     """What is wrong with a flag or with the config it makes is told in a line; absl would show where in the code."""
     try:
         words = flags.FLAGS(arguments)
-        if left := words[1:]:
-            raise ValueError(_no_flag(left[0]))
-        return words
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # The last line: a config file that raised is told with its stack, a key that is not there as the repr of an error.
         told = str(error).replace("\\n", "\n").strip().splitlines()[-1].strip(" \\'\"")
         if isinstance(error, AttributeError | KeyError):
             told = f"no such config key: {_nearest_key(arguments) or told}"
-        sys.exit(f"error: {told}\nAll flags: python main.py --helpfull --config=configs/stage1.py")
+        sys.exit(f"error: {told}\n{ALL_FLAGS}")
+    if left := words[1:]:
+        sys.exit(f"error: {left[0]!r} belongs to no flag; nearest: {_nearest_flag(left[0])}\n{ALL_FLAGS}")
+    return words
 
 
-def _no_flag(word: str) -> str:
-    near = (
-        f"--mode={word}"
-        if word in MODES
-        else f"--{word.lstrip('-')}"
-        if "=" in word
-        else "quotes around a value with blanks"
-    )
-    return f"{word!r} belongs to no flag; nearest: {near}"
+def _nearest_flag(word: str) -> str:
+    if word in MODES:
+        return f"--mode={word}"
+    return f"--{word}" if "=" in word else "quotes around a value with blanks"
 
 
 def _nearest_key(arguments: list[str]) -> str:

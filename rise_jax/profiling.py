@@ -35,7 +35,7 @@ class Profile:
         self._steps = range(*map(int, window.split(":"))) if window else range(0)
         self._folder = folder
         self._tracing = False
-        self._done = start
+        self._began = self._done = start
         if window and self._steps.stop <= start:
             LOG.warning("run.profile=%r traces nothing: the run goes on from step %d", window, start)
 

@@ -26,6 +26,7 @@ from rise_jax.exported import write_export
 from rise_jax.language import states_in_batch
 from rise_jax.published import load_null, load_vae
 from rise_jax.runs import Run
+from rise_jax.sharding import make_mesh
 from rise_jax.trees import named_leaves, path_name
 from rise_jax.weights_wan import merge_low_rank, save_wan
 
@@ -156,6 +157,16 @@ def test_corrections_are_not_rounded_away_where_kernels_are_bfloat16(tmp_path):
     for name in {*ours} - {*corrected}:
         np.testing.assert_array_equal(theirs[name], ours[name])
     np.testing.assert_array_equal(pipe(PROMPTS, seed=3).videos, made.pipeline()(PROMPTS, seed=3).videos)
+
+
+def test_corrections_come_apart_where_kernels_lie_over_devices(adapted):
+    pipe = Pipeline.from_export(adapted.folder, mesh=make_mesh(2, 2, 1, 2))
+    ours, theirs = named_leaves(adapted.run.params), named_leaves(pipe.params)
+    assert ours.keys() == theirs.keys() and any("low_rank" in name for name in ours)
+    for name in ours:
+        np.testing.assert_allclose(theirs[name], ours[name], atol=1e-6, err_msg=name)
+    kernel = theirs["dit/blocks/self_attn/query/kernel"]
+    assert len({str(shard.index) for shard in kernel.addressable_shards}) == 4
 
 
 def test_an_export_without_its_corrections_is_incomplete(copy_adapted):

@@ -51,9 +51,7 @@ class Backend:
         other = "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
         platform = other if device.platform == "gpu" else device.platform
         if platform == "cuda" and float(device.compute_capability) < CUDNN_CAPABILITY:
-            platform = (
-                f"cuda of compute capability {device.compute_capability}"  # another platform, as far as attention goes
-            )
+            platform = f"cuda of compute capability {device.compute_capability}"  # another, as far as attention goes
         return cls("xla" if name == "auto" and platform not in NATIVE else name, platform, sequence)
 
     def pick(self, dtype, head_width: int, mask_shape: tuple[int, ...] | None = None) -> str:
