@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 import jax  # after the flags, which it reads when imported
+import pytest
+
+from rise_jax.data.loader import make_loader
 
 jax.config.update(
     "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"rise_jax_test_cache_{os.getuid()}")
@@ -24,3 +27,14 @@ def pytest_collection_finish(session):
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(source, ...) -> a loader with a quarantine file of its own."""
+
+    def load(source, **changes):
+        defaults = {"batch_size": 4, "seed": 3, "quarantine_file": tmp_path / "quarantine.jsonl"}
+        return make_loader(source, **defaults | changes)
+
+    return load
