@@ -86,6 +86,7 @@ def test_a_full_disk_is_told_when_a_clip_is_set_aside(tmp_path):
 import resource, sys
 sys.path.insert(0, "tests")
 from numbered import Numbered, take
+from rise_jax.data.loader import make_loader
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 try:
     take(make_loader(Numbered(4, [1]), batch_size=4, seed=0, max_bad=1.0, quarantine_file=sys.argv[1]), 1)
