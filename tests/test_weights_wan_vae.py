@@ -21,6 +21,7 @@ from tests import wan_vae
 from tests.wan_vae import SMALL
 
 KEYS = Path(__file__).parent / "fixtures" / "wan_vae_keys.txt"  # of AutoencoderKLWan in diffusers 0.42.1
+WIDE = {**SMALL, "base_dim": 40}  # more channels than are turned at a time (placement.py), and no multiple of them
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +77,14 @@ def test_the_published_sizes_and_statistics_are_the_defaults():
     assert (list(WAN_2_1.mean), list(WAN_2_1.std)) == (theirs["latents_mean"], theirs["latents_std"])
 
 
-def test_what_diffusers_saved_comes_back_to_diffusers(folder, tmp_path):
-    loaded = load_wan_vae(folder)
-    model = wan_vae.reference(SMALL)
+@pytest.mark.parametrize("sizes", [SMALL, WIDE], ids=["small", "wide"])
+def test_what_diffusers_saved_comes_back_to_diffusers(sizes, tmp_path):
+    loaded = wan_vae.loaded(sizes, tmp_path / "theirs")
+    model = wan_vae.reference(sizes)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded.params))
     save_wan_vae(loaded.params, loaded.config, tmp_path / "a" / "vae")
     again = AutoencoderKLWan.from_pretrained(tmp_path / "a" / "vae")
-    assert {key: again.config[key] for key in SMALL} == SMALL
+    assert {key: again.config[key] for key in sizes} == sizes
     assert again.config["latents_mean"] == model.config["latents_mean"]
     assert again.config["latents_std"] == model.config["latents_std"]
     ours, theirs = again.state_dict(), model.state_dict()
