@@ -1,10 +1,11 @@
-"""What training knows of its texts, made once and kept beside the run: missing rephrasings, and the LLM's states."""
+"""What training knows of its texts, made once and kept beside the run (missing rephrasings, the LLM's states), and what use hears."""
 
 import hashlib
 import io
 import json
 import logging
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from rise_jax.condition_kinds import Condition
 from rise_jax.data.sources import Text
-from rise_jax.language import Pair, differing
+from rise_jax.language import Pair, Rephrasings, differing
 from rise_jax.processes import check_agreed, from_first, is_first
 from rise_jax.video import write_file
 
@@ -75,6 +76,17 @@ def cached_states(pairs: list[Pair], language: Condition, file: Path) -> tuple[n
     return states, mask
 
 
+def rephrased(
+    prompts: Sequence[str], language: Condition, *, temperature: float = 0.0, seeds: Sequence[int] | None = None
+) -> Rephrasings:
+    """What conditions the videos of `prompts`, for use; warns of those for which the LLM wrote nothing."""
+    heard = language.rephrase(prompts, temperature=temperature, seeds=seeds)
+    silent = [prompt for prompt, text in zip(prompts, heard.texts, strict=True) if text == ""]
+    if silent and is_first():
+        LOG.warning("%s; their videos follow no text", _silence(silent, len(prompts)))
+    return heard
+
+
 def fingerprint_of(pairs: list[Pair], language: Condition) -> str:
     """SHA-256 over the LLM, its dtype, the layer, the instruction, the condition, the token budget and all texts."""
     content = json.dumps([language.identity, language.length, pairs], sort_keys=True)
@@ -91,12 +103,15 @@ def _write(prompts: list[str], language: Condition) -> dict[str, dict]:
 
 def _check_written(silent: list[str], asked: int, file: Path) -> None:
     if silent:
-        named = ", ".join(f"{prompt[:80]!r}" for prompt in silent[:NAMED])
-        more = f" and {len(silent) - NAMED} more" if len(silent) > NAMED else ""
         raise ValueError(
-            f"the LLM wrote nothing for {len(silent)} of {asked} prompts: {named}{more}; give their `rephrased` "
-            f"(what it wrote for others is kept in {file})"
+            f"{_silence(silent, asked)}; give their `rephrased` (what it wrote for others is kept in {file})"
         )
+
+
+def _silence(prompts: list[str], asked: int) -> str:
+    named = ", ".join(f"{prompt[:80]!r}" for prompt in prompts[:NAMED])
+    more = f" and {len(prompts) - NAMED} more" if len(prompts) > NAMED else ""
+    return f"the LLM wrote nothing for {len(prompts)} of {asked} prompts: {named}{more}"
 
 
 def _read_states(file: Path) -> tuple[np.ndarray, np.ndarray, str, dict]:

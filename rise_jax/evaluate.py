@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rise_jax import metrics, run_config
 from rise_jax.build import backend_from, describe_attention
 from rise_jax.condition_kinds import Condition
-from rise_jax.conditions import complete
+from rise_jax.conditions import complete, rephrased
 from rise_jax.data.attributes import Scene
 from rise_jax.data.loader import make_loader
 from rise_jax.data.open import open_source
@@ -61,7 +61,7 @@ def evaluate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
     settings |= dict(zip(("frames", "height", "width"), clip_size(config.sample, pipe.config.data)))
 
     losses = heldout_loss(pipe, measured, workdir, config.sample.batch_size, config.data.max_bad)
-    heard = pipe.language.rephrase(prompts, temperature=config.sample.temperature, seeds=seeds)
+    heard = rephrased(prompts, pipe.language, temperature=config.sample.temperature, seeds=seeds)
     videos = pipe.render(heard, seeds, **settings)
     result = _identity(run) | {
         "condition": pipe.language.condition,

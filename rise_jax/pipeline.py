@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from rise_jax import flow, run_config, runs, sampler
 from rise_jax.build import Model, in_tiles, language_from
 from rise_jax.condition_kinds import Condition
+from rise_jax.conditions import rephrased
 from rise_jax.exported import read_export
 from rise_jax.language import Rephrasings, gathered
 from rise_jax.models.attention import Backend
@@ -126,7 +127,7 @@ class Pipeline:
         sample = settled(self.config.sample, given | dict(seed=seed, temperature=temperature))
         check_size(self.config, sample)
         seeds = [sample.seed + i for i in range(len(prompts))]
-        rephrasings = self.language.rephrase(prompts, temperature=sample.temperature, seeds=seeds)
+        rephrasings = rephrased(prompts, self.language, temperature=sample.temperature, seeds=seeds)
         return Output(self.render(rephrasings, seeds, **given), rephrasings.texts, seeds)
 
     def render(

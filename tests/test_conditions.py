@@ -8,7 +8,7 @@ import pytest
 from tiny import write_llm
 
 from rise_jax import conditions
-from rise_jax.conditions import cached_states, complete, fingerprint_of
+from rise_jax.conditions import cached_states, complete, fingerprint_of, rephrased
 from rise_jax.data.sources import Text
 from rise_jax.language import Language, Pair
 
@@ -80,6 +80,18 @@ def test_prompts_that_the_llm_answers_with_nothing_are_named_when_the_others_are
     assert file.read_bytes() == kept
     pairs = complete([*(Text(prompt, None) for prompt in answered), Text("ein", "1")], language, file)
     assert [pair.tokens for pair in pairs[:2]] == language.write(answered)[0] and all(pair.tokens for pair in pairs)
+
+
+def test_prompts_that_the_llm_answers_with_nothing_are_told_of_in_use(tmp_path, caplog):
+    """Of the LLM above."""
+    folder = write_llm(tmp_path / "llm", seed=122, ends=True)
+    language = Language(path=str(folder), **SETTINGS | dict(instruction=str(folder / "instruction.txt"), max_new=1))
+    heard = rephrased(["!!!!!!!!!!", "ein", "7"], language)
+    assert [bool(text) for text in heard.texts] == [True, False, False]
+    assert "wrote nothing for 2 of 3 prompts: 'ein', '7'; their videos follow no text" in caplog.text
+    caplog.clear()
+    rephrased(["!!!!!!!!!!"], language)
+    assert not caplog.text
 
 
 def test_captions_of_another_instruction_are_refused(language, tmp_path):
