@@ -21,8 +21,9 @@ from rise_jax.data.sources import Text, TooLong
 from rise_jax.language import Language, Pair, Rephrasings, batch_size, gathered, identity_of, rounded
 from rise_jax.models.llm import make_llm
 from rise_jax.models.t5 import make_t5
+from rise_jax.padding import right_pad
 from rise_jax.sharding import put_parameters, put_rows, shardings
-from rise_jax.text import bare_prompt_ids, right_pad
+from rise_jax.text import bare_prompt_ids
 from rise_jax.weights import load_llm, open_weights
 from rise_jax.weights_t5 import encoder_folder, load_t5, t5_tokenizer, text_ids
 

@@ -28,6 +28,7 @@ from rise_jax.validate import check_use, clip_size
 from rise_jax.video import write_file, write_png, write_video
 from rise_jax.workdir import set_aside
 
+PICTURED = 64  # prompts on the contact sheet: a picture of hundreds takes gigabytes, and viewers refuse it
 SUFFIXES = (".txt", ".md", ".csv", ".json", ".jsonl")  # of files, whatever they hold
 
 
@@ -73,8 +74,9 @@ def generate(config: ConfigDict, workdir: Path, paths: Mapping[str, str] = Mappi
     write_file(
         samples / "samples.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     )
-    write_png(samples / "contact_sheet.png", _sheet(made, prompts))
-    print(f"{len(records)} samples and contact_sheet.png are in {samples}")
+    write_png(samples / "contact_sheet.png", sheet_of(made, prompts))
+    part = f" (the first {PICTURED} prompts)" if len(prompts) > PICTURED else ""
+    print(f"{len(records)} samples and contact_sheet.png{part} are in {samples}")
     return 0
 
 
@@ -120,8 +122,10 @@ def _write(made: Made, samples: Path, prompts: list[str]) -> list[dict]:
     return records
 
 
-def _sheet(made: list[Made], prompts: list[str]) -> np.ndarray:
-    videos, rephrased = [run.output.videos for run in made], [run.output.rephrased for run in made]
+def sheet_of(made: list[Made], prompts: list[str]) -> np.ndarray:
+    prompts = prompts[:PICTURED]
+    videos = [run.output.videos[:PICTURED] for run in made]
+    rephrased = [run.output.rephrased[:PICTURED] for run in made]
     if len(made) == 1:
         return contact_sheet(videos[0], prompts, rephrased[0])
     return comparison_sheet(videos, [run.title for run in made], prompts, rephrased)

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from rise_jax import rephrase
 from rise_jax.data.sources import Text, TooLong
 from rise_jax.models.llm import make_llm
+from rise_jax.padding import left_pad, right_pad
 from rise_jax.sharding import batch_ways, put_parameters, put_rows, replicated
-from rise_jax.text import Instruction, Prompter, bare_prompt_ids, left_pad, right_pad
+from rise_jax.text import Instruction, Prompter
 from rise_jax.utf8 import read_utf8
 from rise_jax.weights import load_llm
 
@@ -118,7 +119,7 @@ class Language:
 
     def check(self, text: Text) -> None:
         """Raises ValueError for a prompt or a given rephrasing over its budget."""
-        bare_prompt_ids(self.prompter.tokenizer, text.prompt, self.prompter.max_prompt)
+        self.prompter.prompt_ids(text.prompt)
         if text.rephrased is not None:
             self.pair(text)
 

@@ -70,6 +70,10 @@ def gguf_family(fields: dict, where: str) -> str:
         raise ValueError(
             f"{where}: architecture {architecture!r} is not supported; known: {', '.join(map(repr, OPTIONS))}"
         )
+    if (parts := fields.get("split.count", 1)) > 1:
+        raise ValueError(
+            f"{where}: one of {parts} parts of a model; join them (`llama-gguf-split --merge`), or give a Hugging Face folder"
+        )
     return architecture
 
 

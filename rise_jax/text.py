@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jinja2
 import jinja2.sandbox
-import numpy as np
 import tokenizers
 
 from rise_jax.data.sources import TooLong
@@ -59,20 +58,23 @@ class Tokenizer:
 
         ValueError for a template that cannot be used, or raises an error itself.
         """
+        bos, eos = (self.backend.id_to_token(id) if id is not None else "" for id in (self.bos, self.eos[0]))
+        # Qwen3 would think before it answers.
+        options = dict(add_generation_prompt=True, enable_thinking=False)
+        try:
+            return self._chat.render(messages=messages, bos_token=bos, eos_token=eos, **options)
+        except Exception as error:  # a template is a program, and may fail as one
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{self.source}: the chat template cannot be used ({told})") from error
+
+    @cached_property
+    def _chat(self) -> jinja2.Template:
         # strftime_now stays undefined: templates then use their fixed date, and the same prompt gives the same tokens every day.
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise
-        bos, eos = (self.backend.id_to_token(id) if id is not None else "" for id in (self.bos, self.eos[0]))
-        # Qwen3 would think before it answers.
-        options = dict(add_generation_prompt=True, enable_thinking=False)
-        try:
-            template = environment.from_string(self.template)
-            return template.render(messages=messages, bos_token=bos, eos_token=eos, **options)
-        except Exception as error:  # a template is a program, and may fail as one
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"{self.source}: the chat template cannot be used ({told})") from error
+        return environment.from_string(self.template)
 
     @cached_property
     def takes_system(self) -> bool:
@@ -215,15 +217,19 @@ class Prompter:
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of the rest of the chat behind `prefix_ids`, up to where the answer begins.
 
-        ValueError for an empty prompt, one of more than `max_prompt` tokens, or one that holds a control token.
+        ValueError for an empty prompt, one of more than `max_prompt` tokens, by itself or here, or one that holds a control token.
         """
         text = text.strip()
         bare_prompt_ids(self.tokenizer, text, self.max_prompt)
-        if not self.chat:
-            return self.tokenizer.encode(self._head + text + self._tail)
-        ids, cut = self.tokenizer.encode(self._whole(text)), len(self.prefix_ids)
-        assert ids[:cut] == self.prefix_ids, f"the chat text of {text!r} cannot be cut"
-        return ids[cut:]
+        if self.chat:
+            whole, cut = self.tokenizer.encode(self._whole(text)), len(self.prefix_ids)
+            assert whole[:cut] == self.prefix_ids, f"the chat text of {text!r} cannot be cut"
+            ids = whole[cut:]
+        else:
+            ids = self.tokenizer.encode(self._head + text + self._tail)
+        # "EMAIL" is one token, " EMAIL" two: what stands before a prompt may cost it some.
+        _check_length(text, len(ids) - self.overhead, self.max_prompt)
+        return ids
 
     def rephrased_ids(self, text: str) -> list[int]:
         """Ids of a given answer, encoded apart from the chat, without the end token. ValueError as for `prompt_ids`, length aside."""
@@ -266,10 +272,14 @@ def bare_prompt_ids(tokenizer: Tokenizer, text: str, max_prompt: int) -> list[in
     """
     text = _checked(tokenizer, text, "prompt")
     ids = tokenizer.encode(text)
-    if len(ids) > max_prompt:
-        told = f"the prompt has {len(ids)} tokens, at most {max_prompt} are allowed (model.llm.max_prompt); it is never cut"
-        raise TooLong(f"{told}: {text[:80]!r} ...", len(ids))
+    _check_length(text, len(ids), max_prompt)
     return ids
+
+
+def _check_length(text: str, count: int, limit: int) -> None:
+    if count > limit:
+        told = f"the prompt has {count} tokens, at most {limit} are allowed (model.llm.max_prompt); it is never cut"
+        raise TooLong(f"{told}: {text[:80]!r} ...", count)
 
 
 def _checked(tokenizer: Tokenizer, text: str, what: str) -> str:
@@ -280,19 +290,3 @@ def _checked(tokenizer: Tokenizer, text: str, what: str) -> str:
     if found:
         raise ValueError(f"the {what} holds the language model's control token {found[0]!r}: {text[:80]!r}")
     return text
-
-
-def left_pad(rows: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32 [B, width], mask bool [B, width]) with each row's ids at its right end; ValueError for a row longer than `width`."""
-    ids, mask = right_pad([row[::-1] for row in rows], width, pad)
-    return ids[:, ::-1].copy(), mask[:, ::-1].copy()
-
-
-def right_pad(rows: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32 [B, width], mask bool [B, width]) with each row's ids at its left end; ValueError for a row longer than `width`."""
-    ids, mask = np.full((len(rows), width), pad, np.int32), np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        if len(row) > width:
-            raise ValueError(f"text {i} has {len(row)} tokens, at most {width} fit")
-        ids[i, : len(row)], mask[i, : len(row)] = row, True
-    return ids, mask

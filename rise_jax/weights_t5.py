@@ -14,6 +14,7 @@ import tokenizers
 
 from rise_jax.data.sources import TooLong
 from rise_jax.models.t5 import T5Config, make_t5
+from rise_jax.padding import right_pad
 from rise_jax.placement import Place, check, stream
 from rise_jax.settings import (
     ABOVE_0,
@@ -28,7 +29,7 @@ from rise_jax.settings import (
     whole,
 )
 from rise_jax.tensor_folder import AGAIN, TensorFolder, not_default, sha256_of
-from rise_jax.text import Tokenizer, right_pad
+from rise_jax.text import Tokenizer
 from rise_jax.trees import named_leaves
 
 # Leaf -> published name; {} stands for a layer's number.

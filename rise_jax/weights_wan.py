@@ -182,7 +182,8 @@ def merge_low_rank(params: dict) -> dict:
 
 def part_low_rank(merged: dict, corrections: dict, dtype) -> dict:
     """What `merge_low_rank` merged: W = (W + A B) - A B, in `dtype`, and `corrections` beside it. A W of bfloat16 comes back bit for
-    bit, one of float32 but for its last places; every kernel stays where it lies.
+    bit, but for one entry in 10^5 or fewer whose size is a rounding error of A B (1e-7 and below, changed by 1e-9); one of float32 but
+    for its last places; every kernel stays where it lies.
     """
     leaves = named_leaves(merged) | named_leaves(corrections)
 

@@ -19,7 +19,7 @@ PYTHON = sorted(
 
 # From the bottom up; a module may import from its own layer and those below. A folder stands for what is not named.
 LAYERS = (
-    ("axes", "trees", "version", "processes", "utf8", "writing"),
+    ("axes", "trees", "version", "processes", "utf8", "padding", "writing"),
     (
         "models.layers",
         "models.attention",

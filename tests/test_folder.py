@@ -46,6 +46,12 @@ def test_all_missing_clips_are_named_with_the_nearest_file(tmp_path):
     broken(tmp_path, rows, FileNotFoundError, match, files=("a.mp4", "beach_01.mp4"))
 
 
+def test_of_many_missing_clips_a_hundred_are_named(tmp_path):
+    rows = [GOOD, *({"file_name": f"z{number}.mp4", "prompt": "x"} for number in range(130))]
+    match = r"(?s)130 of 131 clips are missing.*line 101: z99.mp4\n  and 30 more$"
+    broken(tmp_path, rows, FileNotFoundError, match, files=("a.mp4",))
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_an_unknown_column_is_named_with_the_nearest_one(tmp_path, suffix):
     rows = [{"file_name": "a.mp4", "promt": "one"}]

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from encoders import write_umt5
 from tiny import tiny_config, write_llm
@@ -11,7 +12,9 @@ from written import write_run
 from rise_jax import Pipeline
 from rise_jax.condition_kinds import check_prompts
 from rise_jax.evaluate import evaluate
-from rise_jax.generate import generate, read_prompts
+from rise_jax.generate import Made, generate, read_prompts, sheet_of
+from rise_jax.pipeline import Output
+from rise_jax.sheets import comparison_sheet, contact_sheet
 
 
 def test_prompts_are_a_text_several_or_a_file(tmp_path):
@@ -45,6 +48,16 @@ def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(ValueError, match="no prompt given"):
         read_prompts(str(tmp_path / "prompts.txt"))
+
+
+def test_a_sheet_shows_no_more_prompts_than_a_viewer_takes():
+    videos = np.random.default_rng(0).integers(256, size=(70, 1, 8, 8, 3), dtype=np.uint8)
+    prompts, rephrased = [[f"{what} {number}" for number in range(70)] for what in ("prompt", "rephrased")]
+    made = Made("a", "", "rephrase", Output(videos, rephrased, list(range(70))), 8.0)
+    beside = made._replace(name="b", folder="1-b")
+    np.testing.assert_array_equal(sheet_of([made], prompts), contact_sheet(videos[:64], prompts[:64], rephrased[:64]))
+    expected = comparison_sheet([videos[:64]] * 2, [made.title, beside.title], prompts[:64], [rephrased[:64]] * 2)
+    np.testing.assert_array_equal(sheet_of([made, beside], prompts), expected)
 
 
 def changed(workdir, part, path):

@@ -13,9 +13,9 @@ SIZES = {
 }
 
 
-def config(family, fields):
-    """Of a header with `SIZES` and `fields`, whose keys stand behind the family's name and a dot."""
-    header = {f"{family}.{name}": value for name, value in (SIZES | fields).items()}
+def config(family, fields, **others):
+    """Of a header with `SIZES` and `fields`, whose keys stand behind the family's name and a dot, and `others`."""
+    header = {f"{family}.{name}": value for name, value in (SIZES | fields).items()} | others
     return gguf_config(header | {"general.architecture": family, "tokenizer.ggml.tokens": ["a"]}, (), True, "m.gguf")
 
 
@@ -100,3 +100,8 @@ def test_keys_of_others_are_not_looked_at():
     header = {f"llama.{name}": value for name, value in SIZES.items()}
     header |= {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a"]}
     assert gguf_config(header | others, (), True, "g") == gguf_config(header, (), True, "g")
+
+
+def test_a_part_of_a_model_in_several_files_is_refused():
+    with pytest.raises(ValueError, match="m.gguf: one of 3 parts of a model; join them"):
+        config("llama", {}, **{"split.count": 3})

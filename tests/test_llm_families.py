@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rise_jax import rephrase
-from rise_jax.text import left_pad
+from rise_jax.padding import left_pad
 from rise_jax.weights import load_llm
 from tests import families, llama
 

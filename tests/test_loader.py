@@ -1,9 +1,13 @@
 """The loader: the same batches whatever the start, process count or workers."""
 
+import contextlib
+import time
+
 import numpy as np
 import pytest
 from numbered import Numbered, assert_same, joined, take
 
+from rise_jax.data import loader
 from rise_jax.data.scenes import ScenesSource
 
 
@@ -120,3 +124,29 @@ def test_values_out_of_range_are_refused_at_once(load, changes, match):
 def test_an_empty_source_is_refused(load):
     with pytest.raises(ValueError, match="at least 1 clip"):
         load(Numbered(0))
+
+
+def test_what_is_loaded_ahead_is_bounded_by_memory(load, monkeypatch):
+    """By default as many batches as there are threads; of large clips two."""
+    monkeypatch.setattr(loader.os, "cpu_count", lambda: 12)
+
+    class Counted(Numbered):
+        loaded = 0
+
+        def load(self, item, rng):
+            self.loaded += 1
+            return super().load(item, rng)
+
+    def ahead():
+        source = Counted(40)
+        with contextlib.closing(load(source, batch_size=1)) as batches:
+            next(batches)
+            before = -1
+            while before < source.loaded:
+                before = source.loaded
+                time.sleep(0.3)
+        return source.loaded
+
+    assert ahead() >= 12
+    monkeypatch.setattr(loader, "AHEAD", 100)
+    assert ahead() <= 4

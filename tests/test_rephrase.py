@@ -11,7 +11,8 @@ import transformers
 
 from rise_jax import rephrase
 from rise_jax.models.llm import make_llm
-from rise_jax.text import Instruction, Prompter, left_pad
+from rise_jax.padding import left_pad
+from rise_jax.text import Instruction, Prompter
 from rise_jax.weights import load_llm
 from tests import llama
 

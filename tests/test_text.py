@@ -11,8 +11,10 @@ import regex
 import tokenizers
 import transformers
 
+from rise_jax.data.sources import TooLong
 from rise_jax.gguf_tokenizer import tokenizer_from_gguf
-from rise_jax.text import Instruction, Prompter, Tokenizer, left_pad, right_pad
+from rise_jax.padding import left_pad, right_pad
+from rise_jax.text import Instruction, Prompter, Tokenizer
 from rise_jax.weights import embedded_path, load_llm
 from tests import llama
 
@@ -281,3 +283,13 @@ def test_padding_sides():
     assert mask.tolist() == [[True, True, False], [False, False, False]]
     with pytest.raises(ValueError, match="text 1 has 3 tokens, at most 2 fit"):
         left_pad([[1], [1, 2, 3]], 2, 0)
+
+
+def test_a_prompt_that_grows_where_it_stands_is_refused_by_name():
+    """Behind "Prompt: " EMAIL is two tokens, by itself one."""
+    tokenizer = embedded()
+    prompter = Prompter(tokenizer, Instruction("Rewrite.", ()), 16)
+    assert len(prompter.prompt_ids("EMAIL" + " cat" * 14)) <= prompter.width
+    assert len(tokenizer.encode("EMAIL" + " cat" * 15)) == 16
+    with pytest.raises(TooLong, match="the prompt has 17 tokens, at most 16 .*'EMAIL cat cat"):
+        prompter.prompt_ids("EMAIL" + " cat" * 15)

@@ -33,6 +33,8 @@ COLUMNS = ("file_name", "prompt", "caption", "rephrased", "split")
 SPLITS = ("train", "heldout")
 SUFFIXES = VIDEO_SUFFIXES + ANIMATED_SUFFIXES + STILL_SUFFIXES
 _HELD_OUT = 0.05
+LISTED = 100  # lines of an error
+NEAREST = 5  # of them with the nearest name: seconds each among 100,000
 
 
 class FolderSource:
@@ -168,16 +170,16 @@ def _check_clips(folder: Path, rows: dict[str, dict[str, str]], frames: int) -> 
     missing = [place for place, file in named.items() if file not in present and not (folder / file).is_file()]
     idle = present - set(named.values())
     if missing:
-        near = {place: nearest(named[place], idle) for place in missing[:20]}  # slow in a large folder
-        listing = "\n".join(f"  {place}: {named[place]}{near.get(place, '')}" for place in missing)
+        near = {place: nearest(named[place], idle) for place in missing[:NEAREST]}
+        listing = _listed([f"  {place}: {named[place]}{near.get(place, '')}" for place in missing])
         raise FileNotFoundError(f"{len(missing)} of {len(rows)} clips are missing in {folder}:\n{listing}")
     unknown = [f"  {place}: {file}" for place, file in named.items() if Path(file).suffix.lower() not in SUFFIXES]
     if unknown:
-        listing = "\n".join(unknown)
+        listing = _listed(unknown)
         raise ValueError(f"{len(unknown)} of {len(rows)} files are not of {', '.join(SUFFIXES)}:\n{listing}")
     stills = [f"  {place}: {file}" for place, file in named.items() if frames > 1 and is_still(folder / file)]
     if stills:
-        listing = "\n".join(stills)
+        listing = _listed(stills)
         raise ValueError(
             f"{len(stills)} of {len(rows)} clips are still pictures, which cannot fill {frames} frames:\n{listing}\n"
             "Take them out of the caption file, or train on images with 1 frame."
@@ -185,6 +187,11 @@ def _check_clips(folder: Path, rows: dict[str, dict[str, str]], frames: int) -> 
     if idle:
         message = "%s: %d clips have no row in the caption file and are not used, such as %s"
         logging.getLogger(__name__).warning(message, folder, len(idle), min(idle))
+
+
+def _listed(lines: list[str]) -> str:
+    more = [f"  and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return "\n".join(lines[:LISTED] + more)
 
 
 def _split(folder: Path, rows: dict[str, dict[str, str]], split: str) -> list[dict[str, str]]:

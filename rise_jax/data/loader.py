@@ -18,6 +18,8 @@ from absl import flags
 from rise_jax.data.sources import BadClipError, Source
 from rise_jax.writing import Growing
 
+AHEAD = 4 << 30  # bytes of batches that are loaded ahead, in memory
+
 
 def make_loader(
     source: Source,
@@ -47,7 +49,7 @@ def make_loader(
     items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # Without end there is no remainder; counted with one, batches of 1 are more than a length can say.
     batches = items.batch(batch_size, drop_remainder=True).map_with_index(load)[start_step:]
-    threads = min(16, os.cpu_count() or 1)
+    threads = min(16, os.cpu_count() or 1, _batches_ahead(len(rows), source.shape, workers))
     ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads a flag when it starts a process
@@ -114,6 +116,11 @@ class Quarantine:
             f"{listing}\nRepair or remove them (they are listed in {self.file}), or go on without them with "
             f"data.max_bad={needed:g}."
         )
+
+
+def _batches_ahead(rows: int, shape: tuple[int, ...], workers: int) -> int:
+    """How many batches each process may load ahead, so that all of them together hold AHEAD bytes; two at least."""
+    return max(2, AHEAD // (rows * math.prod(shape) * max(workers, 1)))
 
 
 class _LoadRows:
