@@ -3,7 +3,8 @@
     python -m benchmarks.published_folders FOLDER
 
 writes Wan2.1-T2V-1.3B-Diffusers (DiT 1.4 B and umT5-XXL 5.7 B in bfloat16, VAE 0.13 B in float32) and Qwen2.5-1.5B-Instruct, 18 GB in
-all, a file of at most 4 GiB at a time. The tokenizers are small ones: neither model understands a word, every byte is read and every shape is real.
+all, with a file of at most 4 GiB in memory at a time. The tokenizers are small ones: neither model understands a word, but every
+byte is read and every shape is real.
 """
 
 import argparse
